@@ -1,0 +1,359 @@
+"""From records to batches: tokenizer, masking, image transforms, the two streams, the order of examples.
+
+    image-text   {"images" (B, 3, pixels, pixels) uint8, "b": Sentences, "masked": Masked, "ids" (B,)}
+    parallel     {"a": Sentences, "b": Sentences, "masked": Masked, "ids" (B,)}
+
+Sentences are packed: words (T,) and starts (B+1,). Masked is b with some words hidden: words (T,), the hidden rows (M,) in
+order, and what stood there (M,). Everything random about an example - language, role, masking, augmentation - is drawn from a
+generator seeded by (seed, stream, epoch, index), and example i of step s is a function of the position s * N + i alone. So the
+data are the same at any number of processes and of workers, and after a resume; there is no iterator state to save.
+
+Letters: B sequences per process, W processes, N = W*B, T tokens in the packed batch, M masked tokens, V vocabulary.
+
+    python data.py          one example of each stream, in words
+"""
+import io
+import json
+import math
+import pathlib
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from demo import emoji
+
+BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3                                          # XLM-R's layout (F3.5)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # CLIP's (F3.7)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ------------------------------------------------------------------------------------------------------------------
+
+class Tokenizer:
+    """sentencepiece with XLM-R's ids: <s> 0, <pad> 1, </s> 2, <unk> 3, piece p -> p + 1, <mask> last."""
+
+    def __init__(self, model):
+        """model: the bytes of a sentencepiece model (XLM-R's own sentencepiece.bpe.model works)."""
+        self.model = model
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"this is not a sentencepiece model ({error})") from None
+        self.size = len(self.pieces) + 2                                     # V
+        self.mask = self.size - 1
+
+    def encode(self, text, longest=64):
+        """-> ids with <s> and </s>, cut to `longest`."""
+        ids = [BOS] + [p + 1 if p else UNKNOWN for p in self.pieces.encode(text)]
+        return ids[:longest - 1] + [EOS]
+
+    def words(self, ids):
+        """The pieces of some ids, for people to read."""
+        special = {BOS: "<s>", PAD: "<pad>", EOS: "</s>", UNKNOWN: "<unk>", self.mask: "<mask>"}
+        return [special.get(i) or self.pieces.id_to_piece(i - 1) for i in map(int, ids)]
+
+
+def train_tokenizer(texts, vocabulary):
+    """A unigram model with byte fallback over an iterable of sentences -> Tokenizer."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocabulary, model_type="unigram", byte_fallback=True,
+        character_coverage=0.9999, num_threads=1, minloglevel=2, hard_vocab_limit=False)
+    return Tokenizer(out.getvalue())
+
+
+def demo_tokenizer(vocabulary=8000):
+    """Trained on what the demo trains on: names and keywords of training concepts in the 21 training languages."""
+    trained = emoji.languages("seen") + emoji.languages("text_only")
+    rows = [c for c in emoji.concepts().values() if c["split"] == "train"]
+    return train_tokenizer((text for c in rows for k in trained for text in [c["name"][k], *c["kw"].get(k, [])]), vocabulary)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Masking
+# ------------------------------------------------------------------------------------------------------------------
+
+def mask_words(ids, rng, tokenizer, probability=0.4, most=20):
+    """ids (list) -> (masked ids, hidden positions in order). F3.6 with one repair: <s>, </s> and other specials are never
+    hidden nor drawn as replacements (the official code may hide </s>).
+
+    min(most, max(1, round(n * probability))) positions in spans of one, or with probability 0.2 of two or three; each
+    becomes <mask> (80 %), a random word (10 %) or stays (10 %)."""
+    candidates = [i for i, word in enumerate(ids) if word > UNKNOWN]
+    count = min(most, max(1, round(len(ids) * probability)), len(candidates))
+    hidden, allowed = set(), set(candidates)
+    for i in rng.permutation(candidates):
+        if len(hidden) >= count:
+            break
+        span = int(rng.integers(2, 4)) if rng.random() < 0.2 else 1
+        hidden.update(allowed.intersection(range(int(i), int(i) + span)))
+    hidden = sorted(rng.permutation(sorted(hidden))[:count].tolist())
+    masked = list(ids)
+    for i in hidden:
+        dice = rng.random()
+        masked[i] = tokenizer.mask if dice < 0.8 else int(rng.integers(UNKNOWN + 1, tokenizer.mask)) if dice < 0.9 else ids[i]
+    return masked, hidden
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Images (F3.7)
+# ------------------------------------------------------------------------------------------------------------------
+
+def train_image(image, size, rng, scale=(0.2, 1.0), flip=True):
+    """RandomResizedCrop, mirror, RandAugment -> uint8 (3, size, size)."""
+    width, height = image.size
+    box = (0, 0, width, height)
+    for _ in range(10):
+        area, ratio = width * height * rng.uniform(*scale), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            box = (x, y, x + w, y + h)
+            break
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+    if flip and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return pixels(rand_augment(image, rng))
+
+
+def test_image(image, size):
+    """Resized without keeping the aspect, as published -> uint8 (3, size, size)."""
+    return pixels(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def pixels(image):
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)               # (size, size, 3) -> (3, size, size)
+
+
+def normalise(images):
+    """uint8 (B, 3, s, s) -> float32, CLIP's mean and deviation."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    return (images - mean) / std
+
+
+def rand_augment(image, rng, count=2, level=7):
+    """`count` of ten operations, each applied with probability 1/2 at `level` of 10; Pillow in place of OpenCV."""
+    for operation in rng.integers(0, 10, count):
+        if rng.random() < 0.5:
+            sign = 1 if rng.random() < 0.5 else -1
+            image = AUGMENT[operation](image, level / 10, sign)
+    return image
+
+
+def affine(image, *matrix):
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
+
+
+AUGMENT = [
+    lambda image, x, sign: image,
+    lambda image, x, sign: ImageOps.autocontrast(image),
+    lambda image, x, sign: ImageOps.equalize(image),
+    lambda image, x, sign: image.rotate(sign * 30 * x, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)),
+    lambda image, x, sign: ImageEnhance.Brightness(image).enhance(1.8 * x + 0.1),
+    lambda image, x, sign: ImageEnhance.Sharpness(image).enhance(1.8 * x + 0.1),
+    lambda image, x, sign: affine(image, 1, sign * 0.3 * x, 0, 0, 1, 0),
+    lambda image, x, sign: affine(image, 1, 0, 0, sign * 0.3 * x, 1, 0),
+    lambda image, x, sign: affine(image, 1, 0, sign * 10 * x, 0, 1, 0),
+    lambda image, x, sign: affine(image, 1, 0, 0, 0, 1, sign * 10 * x),
+]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Order
+# ------------------------------------------------------------------------------------------------------------------
+
+def generator(*key):
+    """A generator that belongs to (seed, stream, epoch, index) and to nobody else."""
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
+
+
+def shuffled(index, n, *key):
+    """Where position `index` of 0..n-1 goes in the permutation that belongs to `key`, in O(1) memory: four Feistel rounds
+    over the next power of four, walked until the result is inside."""
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    keys = np.random.SeedSequence(key).generate_state(4).tolist()
+    while True:
+        left, right = index >> half, index & ((1 << half) - 1)
+        for k in keys:
+            mixed = (right + k) * 0x9E3779B1 & 0xFFFFFFFF
+            mixed = (mixed ^ mixed >> 15) * 0x85EBCA6B & 0xFFFFFFFF
+            left, right = right, left ^ (mixed ^ mixed >> 13) & ((1 << half) - 1)
+        index = left << half | right
+        if index < n:
+            return index
+
+
+def example_at(position, n, seed, stream):
+    """(epoch, index) of a position in the endless stream: every index once per epoch, an epoch's end cuts no batch."""
+    epoch = position // n
+    return epoch, shuffled(position % n, n, seed, stream, epoch)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The two streams
+# ------------------------------------------------------------------------------------------------------------------
+
+class DemoImages:
+    """Drawings of the demo with a caption each. Index i < concepts: that concept alone, so that an epoch names each concept once
+    (two drawings of one concept would be each other's wrong partners); else a fresh scene of two to four."""
+
+    def __init__(self, languages=None, scenes=1.0, keywords=0.1):
+        self.drawings = emoji.training_drawings()
+        self.ids = list(self.drawings)
+        self.languages = languages or emoji.languages("seen")
+        self.length, self.keywords = len(self.ids) + round(scenes * len(self.ids)), keywords
+
+    def __len__(self):
+        return self.length
+
+    def choose(self, index, rng):
+        """Concept numbers of example `index`."""
+        alone = index < len(self.ids)
+        return [index] if alone else rng.choice(len(self.ids), int(rng.integers(2, 5)), replace=False).tolist()
+
+    def __getitem__(self, key):
+        """(index, rng) -> image (3, 64, 64) uint8, caption, id."""
+        index, rng = key
+        chosen = self.choose(index, rng)
+        ids, language = [self.ids[i] for i in chosen], self.languages[rng.integers(len(self.languages))]
+        image = emoji.draw([self.drawings[i][rng.integers(len(self.drawings[i]))] for i in ids], rng)
+        text = emoji.keywords(ids[0], language, rng) if len(ids) == 1 and rng.random() < self.keywords else emoji.caption(ids, language)
+        return pixels(image), text, thing(chosen)
+
+
+class DemoParallel(DemoImages):
+    """The same concepts and scenes, said in two different languages of the 21 of training."""
+
+    def __init__(self, languages=None, scenes=1.0):
+        super().__init__(languages or emoji.languages("seen") + emoji.languages("text_only"), scenes)
+
+    def __getitem__(self, key):
+        """(index, rng) -> sentence a, sentence b, id. Which is a and which is b is a toss (F2.3)."""
+        index, rng = key
+        chosen = self.choose(index, rng)
+        one, two = rng.choice(len(self.languages), 2, replace=False)
+        ids = [self.ids[i] for i in chosen]
+        return emoji.caption(ids, self.languages[one]), emoji.caption(ids, self.languages[two]), thing(chosen)
+
+
+def thing(chosen):
+    """One int64 for a list of concept numbers, equal for equal lists."""
+    number = 0
+    for i in chosen:
+        number = number * 1000 + i + 1
+    return number
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------------------------
+
+class Sentences(NamedTuple):
+    words: torch.Tensor                 # (T,) int64
+    starts: torch.Tensor                # (B+1,) int32
+
+
+class Masked(NamedTuple):
+    words: torch.Tensor                 # (T,) int64, the starts are those of the unmasked sentences
+    rows: torch.Tensor                  # (M,) int64, hidden rows of the packed matrix, ascending
+    truth: torch.Tensor                 # (M,) int64, what stood there
+
+
+def pack(sentences):
+    """Lists of ids -> Sentences."""
+    starts = np.cumsum([0] + [len(s) for s in sentences])
+    return Sentences(torch.tensor([w for s in sentences for w in s]), torch.tensor(starts, dtype=torch.int32))
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item s is this process's part of step s: one image-text batch and one parallel batch (None without a stream)."""
+
+    def __init__(self, tokenizer, images, parallel, batch, text_batch, seed, rank=0, world=1, longest=64, mask_probability=0.4):
+        self.tokenizer, self.images, self.parallel, self.seed, self.rank = tokenizer, images, parallel, seed, rank
+        self.sizes, self.world, self.longest, self.mask_probability = (batch, text_batch), world, longest, mask_probability
+
+    def examples(self, step, stream):
+        """Examples of this process: [record..., rng] by position p = step * N + rank * B + i."""
+        source, N = (self.images, self.parallel)[stream], self.sizes[stream]
+        B = N // self.world
+        for position in range(step * N + self.rank * B, step * N + (self.rank + 1) * B):
+            epoch, index = example_at(position, len(source), self.seed, stream)
+            rng = generator(self.seed, stream, epoch, index)
+            yield *source[index, rng], rng
+
+    def hide(self, sentences, rngs):
+        """[ids] -> Masked."""
+        masked, rows, truth, start = [], [], [], 0
+        for ids, rng in zip(sentences, rngs):
+            words, hidden = mask_words(ids, rng, self.tokenizer, self.mask_probability)
+            masked += words
+            rows += [start + i for i in hidden]
+            truth += [ids[i] for i in hidden]
+            start += len(ids)
+        return Masked(*(torch.tensor(x, dtype=torch.int64) for x in (masked, rows, truth)))
+
+    def __getitem__(self, step):
+        batches = []
+        for stream in (0, 1):
+            if (self.images, self.parallel)[stream] is None:
+                batches.append(None)
+                continue
+            a, b, ids, rngs = zip(*self.examples(step, stream))
+            b = [self.tokenizer.encode(text, self.longest) for text in b]
+            first = ({"images": torch.from_numpy(np.stack(a))} if stream == 0 else
+                     {"a": pack([self.tokenizer.encode(text, self.longest) for text in a])})
+            batches.append(first | {"b": pack(b), "masked": self.hide(b, rngs), "ids": torch.tensor(ids)})
+        return batches
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sets to evaluate on
+# ------------------------------------------------------------------------------------------------------------------
+
+def evaluation_set(name):
+    """'demo:SPLIT', or a JSON-lines file with rows {"image": path beside the file, "captions": {language: text or [texts]}}
+    -> list of {"image": RGB image, "captions": {language: [text, ...]}, ...}. ValueError with file and line on bad rows."""
+    if name.startswith("demo:"):
+        return emoji.split(name[5:])
+    path, rows = pathlib.Path(name), []
+    if not path.is_file():
+        raise ValueError(f"{name} is neither a file nor a split of the demo (demo:test_style, ...)")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{name} line {number}"
+        try:
+            row = json.loads(line)
+            captions = {k: [t] if isinstance(t, str) else t for k, t in row["captions"].items()}
+            image = row["image"]
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            raise ValueError(f'{where}: expected {{"image": path, "captions": {{language: text or [texts]}}}}') from None
+        if not captions or not all(isinstance(t, str) and t.strip() for texts in captions.values() for t in texts or [""]):
+            raise ValueError(f"{where}: a caption is empty or not a text")
+        rows.append({"image": open_image(path.parent / image), "captions": captions})
+    if not rows:
+        raise ValueError(f"{name} has no rows")
+    return rows
+
+
+def open_image(path):
+    """RGB image of a file; ValueError that names the file when it is missing or no image."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+
+
+if __name__ == "__main__":
+    tokenizer = demo_tokenizer()
+    image, pair = Batches(tokenizer, DemoImages(), DemoParallel(), 2, 2, seed=0)[0]
+    print("image-text  images", tuple(image["images"].shape), "words", " ".join(tokenizer.words(image["b"].words)))
+    print("            masked", " ".join(tokenizer.words(image["masked"].words)))
+    print("parallel    a     ", " ".join(tokenizer.words(pair["a"].words)))
+    print("            b     ", " ".join(tokenizer.words(pair["b"].words)))

@@ -1,0 +1,300 @@
+"""Retrieval in many languages: which image does this sentence mean, which sentence says what this image shows?
+
+    dual encoder   score = cosine of two vectors made without seeing each other: n + I encodings give n x I scores
+    re-ranking     the fusion encoder reads a query's top K again; the match logit alone orders them (F5.4)
+    recall R@k     share of queries (%) with a right answer among the first k; an image's best caption counts
+
+Ties never help: what scores like the right answer (or NaN) ranks before it; a match head that says the same to all gets
+0 %. Keys: t2i text to image, i2t image to text; with _equal, captions that read the same are equally right.
+
+Letters: I images, n captions of a language, U different texts among them, K candidates, R pairs, T tokens, D width.
+
+    python evaluate.py retrieval --ckpt out/ckpt.pt --data demo:test_style --json scores.json
+    python evaluate.py search --ckpt out/ckpt.pt --images photos/ "two dogs and a ball" "zwei Hunde und ein Ball"
+"""
+import argparse
+import base64
+import html
+import io
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from demo import emoji
+from kernels.attention import running, take
+from model import View
+from weights import load_model
+
+GROUPS = {"seen": "seen with images", "text_only": "only in parallel text", "never": "never in training"}
+TEST_SETS = ("test_style", "test_concept", "test_scenes")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")                                # what `search` takes for an image
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Encode, score, rank
+# ------------------------------------------------------------------------------------------------------------------
+
+def load(path, device="cpu"):
+    """A checkpoint of train.py -> (model in eval mode on device, tokenizer). ValueError for anything else."""
+    model, state = load_model(path)
+    return model.eval().to(device), data.Tokenizer(state["tokenizer"])
+
+
+def join(views):
+    """Several Views, one after the other, as one."""
+    lengths = torch.cat([v.starts.diff() for v in views])
+    ids = torch.arange(len(lengths), device=lengths.device)
+    return View(torch.cat([v.states for v in views]), running(lengths), torch.cat([v.vectors for v in views]), ids)
+
+
+def encode_images(model, images, device, batch):
+    """PIL images -> View of I images."""
+    size, views = model.config.image_size, []
+    for first in range(0, len(images), batch):
+        part = np.stack([data.test_image(image, size) for image in images[first:first + batch]])
+        views.append(model.encode_image(data.normalise(torch.from_numpy(part).to(device)), None))
+    return join(views)
+
+
+def encode_texts(model, tokenizer, texts, device, batch):
+    """n texts -> View of the U different ones, shortest first (less padding), and each text's place in it (n,)."""
+    longest = min(64, model.text.longest)                                    # 64: what training cuts to
+    ids = [tuple(tokenizer.encode(text, longest)) for text in texts]
+    order, views = sorted(set(ids), key=lambda x: (len(x), x)), []
+    for first in range(0, len(order), batch):
+        words, starts = data.pack(order[first:first + batch])
+        views.append(model.encode_text(words.to(device), starts.to(device), None))
+    place = {x: i for i, x in enumerate(order)}
+    return join(views), torch.tensor([place[x] for x in ids], device=device)
+
+
+def percent(x):
+    return 100 * x.double().mean().item()
+
+
+def match_logits(model, texts, images, pairs, batch):
+    """pairs (R, 2) of (text, image) -> (R,) the match head's raw "yes". A repeated pair is read once: its scores
+    agree to the last bit. Sorted by image, so that few images serve many texts."""
+    pairs, place = pairs.unique(dim=0, return_inverse=True)
+    logits = torch.empty(len(pairs), device=pairs.device)
+    for part in pairs[:, 1].argsort(stable=True).split(batch):
+        (said, sources), (shown, memory) = (column.unique(return_inverse=True) for column in pairs[part].T)
+        text_rows, text_starts = take(texts.starts, said)
+        image_rows, image_starts = take(images.starts, shown)
+        first = running(text_starts.diff()[sources])[:-1].long()             # (batch,) their first tokens
+        fused = model.fuse(texts.states[text_rows], text_starts, images.states[image_rows], image_starts, memory,
+                           rows=first, sources=sources)                      # (T, D) -> (batch, D)
+        logits[part] = model.itm_head(fused)[:, 1].float()
+    return logits[place]
+
+
+def ranks(scores, right):
+    """scores, right (queries, candidates) -> (queries,) how many wrong candidates are not below the best right one."""
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return (~(scores < best) & ~right).sum(1)
+
+
+def rerank_scores(model, texts, place, images, cosine, K, batch):
+    """cosine (n, I) -> match logits (n, I) of text to image and of image to text, -inf outside a query's top K."""
+    none, (n, I) = torch.zeros_like(cosine, dtype=torch.bool), cosine.shape
+    of_text = none.scatter(1, cosine.topk(min(K, I), 1).indices, True)
+    of_image = none.scatter(0, cosine.topk(min(K, n), 0).indices, True)
+    caption, image = (of_text | of_image).nonzero(as_tuple=True)
+    logits = cosine.new_full((n, I), -torch.inf)
+    logits[caption, image] = match_logits(model, texts, images, torch.stack([place[caption], image], 1), batch)
+    return [logits.masked_fill(~candidates, -torch.inf) for candidates in (of_text, of_image)]
+
+
+def language_scores(model, tokenizer, rows, language, images, rerank, trained, batch):
+    """rows that all have captions in the language, and the View of their images -> {key: %}."""
+    device, result = images.states.device, {"images": len(rows)}
+    captions = [(text, i) for i, row in enumerate(rows) for text in row["captions"][language]]
+    said, owner = [text for text, _ in captions], torch.tensor([i for _, i in captions], device=device)
+    false = [row["false_captions"][language] for row in rows if "false_captions" in row]
+    texts, place = encode_texts(model, tokenizer, said + false, device, batch)
+    place, false = place[:len(said)], place[len(said):]
+    cosine = (texts.vectors @ images.vectors.T)[place]                       # (U, I) -> (n, I)
+    own = torch.eye(len(rows), dtype=torch.bool, device=device)[owner]       # (n, I)
+    names = {text: i for i, text in enumerate(said)}
+    name, equal = torch.tensor([names[text] for text in said], device=device), torch.zeros_like(own)
+    equal[name, owner] = True
+    rights = {"": own, "_equal": equal[name]}
+    read = {"reranked_": rerank_scores(model, texts, place, images, cosine, rerank, 8 * batch)} if rerank else {}
+    for prefix, (forth, back) in ({"": (cosine, cosine)} | read).items():
+        for suffix, right in rights.items():
+            for direction, rank in (("t2i", ranks(forth, right)), ("i2t", ranks(back.T, right.T))):
+                result |= {f"{prefix}{direction}_r{k}{suffix}": percent(rank < k) for k in (1, 5, 10)}
+    others = [{t.casefold() for k in trained if k != language for t in row["captions"].get(k, [])} for row in rows]
+    new = torch.tensor([text.casefold() not in others[i] for text, i in captions], device=device)      # no loan word
+    if trained and new.any():
+        result |= {"new_n": int(new.sum()), "new_t2i_r1": percent(ranks(cosine, own)[new] < 1)}
+    if len(false):
+        true = place[torch.searchsorted(owner, torch.arange(len(rows), device=device))]        # its first caption
+        result |= false_caption_scores(model, texts, images, true, false, 8 * batch)
+    return result | {"n": len(captions)}
+
+
+def false_caption_scores(model, texts, images, true, false, batch):
+    """true, false (I,): places of texts -> % of images whose true caption wins; chance 50, a tie is lost."""
+    text, image = torch.cat([true, false]), torch.arange(len(true), device=true.device).repeat(2)
+    logits = match_logits(model, texts, images, torch.stack([text, image], 1), batch)
+    cosine = (texts.vectors[text] * images.vectors[image]).sum(1)
+    return {"false_caption_accuracy": percent(torch.gt(*logits.chunk(2))),
+            "false_caption_accuracy_cosine": percent(torch.gt(*cosine.chunk(2)))}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Per-language results, and the table
+# ------------------------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def retrieval(model, tokenizer, rows, languages=None, rerank=16, device="cpu", batch=256, progress=False, trained=()):
+    """rows as data.evaluation_set returns -> {language: {key: %}}: keys of results.json, *_equal, n captions, images.
+    Candidates: images with a caption in the language. rerank: K, 0 for none. batch: texts or images; 8 x as many pairs.
+    trained: languages of training, for new_t2i_r1, R@1 of the new_n captions that no other of them shares."""
+    present = list(dict.fromkeys(k for row in rows for k, texts in row["captions"].items() if texts))
+    for language in set(languages or ()).difference(present):
+        raise ValueError(f"no caption is in language {language!r}: choose from {' '.join(present)}")
+    training, result = model.training, {}
+    try:
+        everything = encode_images(model.eval(), [row["image"] for row in rows], device, batch)
+        for language in tqdm(languages or present, disable=not progress, leave=False):
+            index = torch.tensor([i for i, row in enumerate(rows) if row["captions"].get(language)], device=device)
+            where, starts = take(everything.starts, index)
+            images = View(everything.states[where], starts, everything.vectors[index], index)
+            result[language] = language_scores(model, tokenizer, [rows[i] for i in index.tolist()], language, images,
+                                               rerank, trained, batch)
+    finally:
+        model.train(training)
+    return result
+
+
+def group_means(scores):
+    """{language: {key: %}} of a demo set -> {"seen" | "text_only" | "never": {key: mean over its languages}}."""
+    groups = {group: [scores[k] for k in emoji.languages(group) if k in scores] for group in GROUPS}
+    return {group: {key: sum(x.get(key, 0) for x in members) / sum(key in x for x in members) for key in
+                    dict.fromkeys(key for x in members for key in x)} | {"languages": len(members)}
+            for group, members in groups.items() if members}
+
+
+def demo_report(model, tokenizer, device, rerank=16, sets=TEST_SETS, progress=False):
+    """-> results.json's {set: {language: {key: %}}, "groups": {set: {group: {key: mean}}}}."""
+    trained = emoji.languages("seen") + emoji.languages("text_only")
+    report = {name: retrieval(model, tokenizer, emoji.split(name), None, rerank, device, 256, progress, trained)
+              for name in sets}
+    return report | {"groups": {name: group_means(scores) for name, scores in report.items()}}
+
+
+COLUMNS = {"t2i_r1": "image R@1", "t2i_r1_equal": "equal", "reranked_t2i_r1": "re-ranked", "new_t2i_r1": "new names",
+           "t2i_r5": "R@5", "t2i_r10": "R@10", "i2t_r1": "| text R@1", "i2t_r1_equal": "equal",
+           "reranked_i2t_r1": "re-ranked", "i2t_r5": "R@5", "i2t_r10": "R@10", "false_caption_accuracy": "| true>false",
+           "false_caption_accuracy_cosine": "cosine"}
+
+
+def print_scores(name, lines):
+    """lines {label: {key: %}} -> a table that ends with chance. "equal" appears where it differs from the plain R@1."""
+    some, width = next(iter(lines.values())), max(map(len, lines)) + 2
+    columns = {key: head for key, head in COLUMNS.items() if any(key in x for x in lines.values()) and not (
+        head == "equal" and all(x[key] == x[key.removesuffix("_equal")] for x in lines.values()))}
+    chance = {key: 50.0 if "false" in key else min(100.0, 100 * int(key.split("_r")[-1]) / some["images"])
+              for key in columns if "equal" not in key}
+    print(f"\n{name}: {some['images']:g} images, {some['n']:g} captions, %\n{'':{width}}" + "  ".join(columns.values()))
+    for label, x in (lines | {"chance": chance}).items():
+        cells = (f"{x[key]:.1f}" if key in x else "" for key in columns)
+        print(f"{label:{width}}" + "  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, columns.values())))
+
+
+def print_table(report):
+    """The end-of-run table of a demo_report."""
+    for name, groups in report["groups"].items():
+        print_scores(name, {f"{GROUPS[group]} ({x['languages']})": x for group, x in groups.items()})
+    print("\nimage: a caption asks for its image; text: an image asks for its caption; means over a group's languages."
+          "\nre-ranked: R@1 after the match head. new names: R@1 of captions that no other training language shares."
+          "\ntrue>false: how often the true caption beats one with a thing swapped, by the match head and by cosine.")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Commands
+# ------------------------------------------------------------------------------------------------------------------
+
+def retrieval_command(args, device):
+    if args.rerank < 0:
+        raise ValueError("--rerank must be 0 (none) or more")
+    model, tokenizer = load(args.ckpt, device)
+    trained = emoji.languages("seen") + emoji.languages("text_only") if args.data.startswith("demo:") else ()
+    scores = retrieval(model, tokenizer, data.evaluation_set(args.data), args.languages, args.rerank, device,
+                       progress=sys.stderr.isatty(), trained=trained)
+    groups = group_means(scores) if trained else {}
+    print_scores(args.data, scores | {GROUPS[group]: x for group, x in groups.items()})
+    name = args.data.removeprefix("demo:")
+    if args.json:
+        args.json.write_text(json.dumps({name: scores, "groups": {name: groups}}, indent=1), encoding="utf-8")
+        print(f"\nwrote {args.json}")
+
+
+@torch.inference_mode()
+def search_command(args, device, batch=256):
+    files = sorted(f for f in args.images.iterdir() if f.suffix.lower() in SUFFIXES) if args.images.is_dir() else []
+    if not files:
+        raise ValueError(f"{args.images} is not a folder with images ({' '.join(SUFFIXES)})")
+    if args.top < 1 or not all(query.strip() for query in args.queries):
+        raise ValueError("--top must be at least 1 and no query may be empty")
+    model, tokenizer = load(args.ckpt, device)
+    parts = ([data.open_image(f) for f in files[i:i + batch]] for i in range(0, len(files), batch))
+    images = torch.cat([encode_images(model, part, device, batch).vectors for part in parts])
+    texts, place = encode_texts(model, tokenizer, args.queries, device, batch)
+    scores, best = (texts.vectors @ images.T)[place].topk(min(args.top, len(files)), 1)
+    page = ['<!doctype html><meta charset="utf-8"><style>figure {display: inline-block; vertical-align: top}</style>']
+    for query, *hits in zip(args.queries, scores.tolist(), best.tolist()):
+        print(query)
+        page.append(f'<h2 dir="auto">{html.escape(query)}</h2>')
+        for rank, (score, i) in enumerate(zip(*hits), 1):
+            print(f"{rank:4}  {score:6.3f}  {files[i]}")
+            image, out = data.open_image(files[i]), io.BytesIO()
+            image.thumbnail((160, 160))
+            image.save(out, "PNG")
+            page.append(f'<figure><img src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
+                        f"<figcaption>{rank}. {html.escape(files[i].name)} {score:.3f}</figcaption></figure>")
+    args.html.write_text("\n".join(page), encoding="utf-8")             # one file: the pictures are inside
+    print(f"\nwrote {args.html}")
+
+
+def main(argv=None):
+    """The command line -> exit status; a user's mistake is one line and status 2."""
+    style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}      # every option's help ends in its default
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="{retrieval,search}")
+    score = commands.add_parser("retrieval", help="recall per language, both directions", **style)
+    score.set_defaults(run=retrieval_command)
+    score.add_argument("--data", default="demo:test_style", help="demo:SPLIT or a JSON-lines file, see data.py")
+    score.add_argument("--rerank", type=int, default=16, metavar="K", help="candidates to re-rank; 0: none")
+    score.add_argument("--languages", nargs="+", help="only these; None: all that occur")
+    score.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write all numbers there, as in results.json")
+    find = commands.add_parser("search", help="images of a folder by sentences", **style)
+    find.set_defaults(run=search_command)
+    find.add_argument("queries", nargs="+", help="sentences in any language")
+    find.add_argument("--images", type=pathlib.Path, required=True, metavar="DIR", help="folder; " + " ".join(SUFFIXES))
+    find.add_argument("--top", type=int, default=5, help="images per query")
+    find.add_argument("--html", type=pathlib.Path, default="gallery.html", metavar="FILE", help="the gallery")
+    for command in (score, find):
+        command.add_argument("--ckpt", required=True, help="checkpoint of train.py")
+    args = parser.parse_args(argv)
+    target = args.json if args.run is retrieval_command else args.html
+    try:
+        if target and (target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK)):
+            raise ValueError(f"{target} cannot be written")                  # said before the work, not after it
+        args.run(args, "cuda" if torch.cuda.is_available() else "cpu")
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

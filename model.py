@@ -1,0 +1,391 @@
+"""CCLM: two encoders, one fusion encoder, three heads.
+
+    image  -> ViT ---------> View a --+                             +-> itm_head  does b belong to a?        (R, 2)
+                                      +-> Fusion (b's words look    |
+    sentence -> TextEncoder -> View --+   at a by cross-attention) -+-> mlm_head  b's masked words           (M, V)
+                               a or b
+    every View also carries a unit vector (vision_proj or text_proj): contrast needs nothing else.
+
+The fusion encoder does not know whether a is an image or a sentence. This sharing is CCLM, and it is why the vision width must
+equal the text width. Nothing here pads: a batch of sequences is one matrix (T, D) and `starts` (B+1,), sequence i being rows
+starts[i]..starts[i+1]; only kernels/attention.py knows about sequences, so there is no attention mask and no mask bug.
+
+Letters: B sequences, T tokens in the packed batch, P patches + 1, R rows asked of the last fusion layer, M masked tokens,
+D width, E embedding, H heads, V vocabulary.
+
+    python model.py         parameters of every preset, and one forward pass of the demo model
+"""
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.attention import Gather, attention, running, take
+
+# ------------------------------------------------------------------------------------------------------------------
+# What is configured
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """One model. Every field can be set from the command line of train.py; PRESETS holds the combinations we vouch for."""
+    width: int = 128                    # D, of all three parts
+    embedding: int = 256                # E, the contrastive vectors
+    dropout: float = 0.1                # on embeddings and sublayer outputs; none on attention probabilities
+    pool: str = "first"                 # what becomes the vector: "first" token (as published) or the "mean" of all tokens
+    # vision
+    vision: str = "vit"                 # "vit" (ViT, DeiT), "clip" or "beit2"
+    image_size: int = 64                # pixels, square
+    patch_size: int = 16
+    stem: bool = False                  # 3x3 stride-2 convolutions instead of one patch-wide one (arXiv 2106.14881)
+    vision_layers: int = 4
+    vision_heads: int = 2
+    vision_hidden: int = 512
+    vision_eps: float = 1e-6
+    # text
+    vocabulary: int = 8002              # V; the tokenizer decides
+    positions: int = 130                # rows of the position table, the first `offset` of which belong to padding
+    offset: int = 2                     # XLM-R counts positions from 2; CCLM-3M/4M counted from 0 (F1.2)
+    text_layers: int = 2
+    text_heads: int = 2
+    text_hidden: int = 512
+    text_eps: float = 1e-5
+    # fusion
+    fusion_layers: int = 1
+    fusion_heads: int = 2
+    fusion_hidden: int = 512
+    fusion_eps: float = 1e-5
+    tied: bool = True                   # masked LM's decoder is the word embedding (CCLM-3M/4M) or its own matrix (CCLM-X2VLM)
+    init_std: float = 0.02
+    embedding_std: float = 0.02         # words and positions; small values let rare words move early (README, what helped)
+
+
+PRESETS = {
+    # two CPU cores, minutes; chosen on the val split, see the README's list of what helped
+    "demo": Config(pool="mean", stem=True, dropout=0.0, vision_layers=2, text_layers=1, embedding_std=0.002),
+    # one GPU, from random weights
+    "small": Config(width=384, image_size=224, vision_layers=12, vision_heads=6, vision_hidden=1536, text_layers=6, text_heads=6,
+                    text_hidden=1536, fusion_layers=3, fusion_heads=6, fusion_hidden=1536, vocabulary=250002, positions=514),
+    # CCLM-X2VLM-base and -large (F1.5): BEiT-2, XLM-R, six fusion layers
+    "base": Config(width=768, vision="beit2", image_size=224, vision_layers=12, vision_heads=12, vision_hidden=3072, text_layers=12,
+                   text_heads=12, text_hidden=3072, fusion_layers=6, fusion_heads=12, fusion_hidden=3072, fusion_eps=1e-12,
+                   vocabulary=250002, positions=514, tied=False),
+    "large": Config(width=1024, vision="beit2", image_size=224, vision_layers=24, vision_heads=16, vision_hidden=4096, text_layers=24,
+                    text_heads=16, text_hidden=4096, fusion_layers=6, fusion_heads=16, fusion_hidden=4096, fusion_eps=1e-12,
+                    vocabulary=250002, positions=514, tied=False),
+}
+
+
+def wide(x):
+    """x in float32 at least: lengths and logits are not left in 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class View(NamedTuple):
+    """One encoded batch of images or of sentences: all that the losses ever see of it."""
+    states: torch.Tensor                # (T, D)
+    starts: torch.Tensor                # (B+1,) int32
+    vectors: torch.Tensor               # (B, E), unit length
+    ids: torch.Tensor                   # (B,) int64: equal ids mean the same thing
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sublayers
+# ------------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head attention of x over y (y = x: self-attention). `positions` (table rows, index) adds BEiT-2's learned bias."""
+
+    def __init__(self, width, heads, k_bias=True, grid=None):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads: choose {width // heads * heads} or "
+                             f"{(width // heads + 1) * heads}")
+        self.heads = heads
+        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width, bias=k_bias), nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        if grid is not None:
+            self.relative = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
+            self.register_buffer("relative_index", relative_index(grid), persistent=False)
+
+    def forward(self, x, y, x_starts, y_starts, memory=None):
+        q = self.q(x).unflatten(-1, (self.heads, -1))                       # (T, D) -> (T, H, D/H)
+        k = self.k(y).unflatten(-1, (self.heads, -1))
+        v = self.v(y).unflatten(-1, (self.heads, -1))
+        bias = self.relative[self.relative_index].permute(2, 0, 1) if hasattr(self, "relative") else None     # (H, P, P)
+        return self.out(attention(q, k, v, x_starts, y_starts, memory, bias).flatten(1))
+
+
+def relative_index(grid):
+    """Row of BEiT's relative table for every pair of tokens, (P, P) int64: the class token, then grid x grid patches row by
+    row. The last three rows stand for class -> patch, patch -> class, class -> class (F1.5)."""
+    y, x = torch.arange(grid ** 2) // grid, torch.arange(grid ** 2) % grid
+    side, patches = 2 * grid - 1, (2 * grid - 1) ** 2
+    index = torch.empty(grid ** 2 + 1, grid ** 2 + 1, dtype=torch.long)
+    index[1:, 1:] = (y[:, None] - y + grid - 1) * side + x[:, None] - x + grid - 1
+    index[0], index[:, 0], index[0, 0] = patches, patches + 1, patches + 2
+    return index
+
+
+class MLP(nn.Module):
+    def __init__(self, width, hidden, quick=False):
+        super().__init__()
+        self.quick = quick                                                   # CLIP's cheaper GELU
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        x = self.up(x)                                                       # (T, D) -> (T, hidden)
+        return self.down(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Vision: pre-norm
+# ------------------------------------------------------------------------------------------------------------------
+
+class VisionLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        beit = c.vision == "beit2"
+        self.norm1, self.norm2 = nn.LayerNorm(c.width, c.vision_eps), nn.LayerNorm(c.width, c.vision_eps)
+        self.attention = Attention(c.width, c.vision_heads, k_bias=not beit, grid=c.image_size // c.patch_size if beit else None)
+        self.mlp = MLP(c.width, c.vision_hidden, quick=c.vision == "clip")
+        self.dropout = nn.Dropout(0.0 if beit else c.dropout)
+        self.scale1, self.scale2 = [nn.Parameter(torch.full((c.width,), 0.1)) if beit else 1.0 for _ in range(2)]
+
+    def forward(self, x, starts):
+        y = self.norm1(x)
+        x = x + self.scale1 * self.dropout(self.attention(y, y, starts, starts))
+        return x + self.scale2 * self.dropout(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """(B, 3, pixels, pixels) -> states (B * P, D) and starts. Row 0 of each image stands for the whole image."""
+
+    def __init__(self, c):
+        super().__init__()
+        if c.vision not in ("vit", "clip", "beit2"):
+            raise ValueError(f"vision {c.vision!r} is unknown: choose vit, clip or beit2")
+        if c.image_size % c.patch_size:
+            raise ValueError(f"image size {c.image_size} is not a multiple of patch size {c.patch_size}")
+        self.config, patches = c, (c.image_size // c.patch_size) ** 2
+        self.patches = conv_stem(c.width, c.patch_size) if c.stem else nn.Conv2d(
+            3, c.width, c.patch_size, c.patch_size, bias=c.vision != "clip")
+        self.class_token = nn.Parameter(torch.zeros(c.width))
+        self.positions = None if c.vision == "beit2" else nn.Parameter(torch.zeros(patches + 1, c.width))
+        self.pre_norm = nn.LayerNorm(c.width, c.vision_eps) if c.vision == "clip" else nn.Identity()
+        self.layers = nn.ModuleList(VisionLayer(c) for _ in range(c.vision_layers))
+        self.norm = nn.LayerNorm(c.width, c.vision_eps)
+
+    def forward(self, images):
+        B, D = len(images), self.config.width
+        x = self.patches(images).flatten(2).transpose(1, 2)                  # (B, 3, s, s) -> (B, P-1, D)
+        x = torch.cat([self.class_token.to(x.dtype).expand(B, 1, D), x], 1)  # (B, P, D)
+        if self.positions is not None:
+            x = x + self.positions
+        P = x.shape[1]
+        starts = torch.arange(0, B * P + 1, P, dtype=torch.int32, device=images.device)
+        x = self.pre_norm(x.reshape(-1, D))                                  # (B, P, D) -> (B * P, D)
+        for layer in self.layers:
+            x = layer(x, starts)
+        x = self.norm(x)
+        if self.config.vision == "beit2":                                    # row 0 = mean of the normalised patches (F1.5)
+            x = x.view(B, P, D)
+            x = torch.cat([x[:, 1:].mean(1, keepdim=True), x[:, 1:]], 1).view(-1, D)
+        return x, starts
+
+
+def conv_stem(width, patch):
+    """A 4 x 4 patch convolution, then 3 x 3 stride-2 ones up to `patch`: neighbouring patches overlap, edges are learned early."""
+    if patch not in (8, 16, 32):
+        raise ValueError(f"a convolution stem halves 4-pixel patches: patch size {patch} is not 8, 16 or 32")
+    layers = [nn.Conv2d(3, width // 2, 4, 4), nn.GroupNorm(8, width // 2), nn.GELU()]
+    for i in range((patch // 8).bit_length()):
+        layers += [nn.Conv2d(width if i else width // 2, width, 3, 2, 1), nn.GroupNorm(8, width), nn.GELU()]
+    return nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Text and fusion: post-norm, one layer class for both
+# ------------------------------------------------------------------------------------------------------------------
+
+class TextLayer(nn.Module):
+    """Self-attention, then (in the fusion encoder) cross-attention, then the feed-forward part; a LayerNorm after each."""
+
+    def __init__(self, width, heads, hidden, eps, dropout, cross=False):
+        super().__init__()
+        self.attention, self.norm1 = Attention(width, heads), nn.LayerNorm(width, eps)
+        if cross:
+            self.cross, self.cross_norm = Attention(width, heads), nn.LayerNorm(width, eps)
+        self.mlp, self.norm2 = MLP(width, hidden), nn.LayerNorm(width, eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, starts, y=None, y_starts=None, sources=None, context=None, context_starts=None, memory=None):
+        """x (T, D): the queries. They attend to y (x itself when None), query sequence i to sequence sources[i] of it, and
+        then to sequence memory[i] of the context (None: i)."""
+        y, y_starts = (x, starts) if y is None else (y, y_starts)
+        x = self.norm1(x + self.dropout(self.attention(x, y, starts, y_starts, sources)))
+        if context is not None:
+            x = self.cross_norm(x + self.dropout(self.cross(x, context, starts, context_starts, memory)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+class TextEncoder(nn.Module):
+    """XLM-R: words (T,) int64 and starts -> states (T, D)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.offset, self.longest = c.offset, c.positions - c.offset
+        self.words = nn.Embedding(c.vocabulary, c.width)
+        self.positions = nn.Embedding(c.positions, c.width)
+        self.kind = nn.Parameter(torch.zeros(c.width))                       # XLM-R's one token type, added to every word
+        self.norm, self.dropout = nn.LayerNorm(c.width, c.text_eps), nn.Dropout(c.dropout)
+        self.layers = nn.ModuleList(TextLayer(c.width, c.text_heads, c.text_hidden, c.text_eps, c.dropout)
+                                    for _ in range(c.text_layers))
+
+    def forward(self, words, starts):
+        lengths = starts.diff()
+        place = torch.arange(len(words), device=words.device) - torch.repeat_interleave(
+            starts[:-1], lengths, output_size=len(words))                    # (T,): 0, 1, 2 ... in every sentence
+        x = self.words(words) + self.positions(place + self.offset) + self.kind
+        x = self.dropout(self.norm(x))
+        for layer in self.layers:
+            x = layer(x, starts)
+        return x
+
+
+class Fusion(nn.Module):
+    """b's words look at a: query sequence i is a copy of text sources[i] and looks at sequence memory[i] of the context (None: i;
+    memory -1: at nothing). Four copies of a text differ only in what they look at, so the first layer projects the text's
+    keys and values once, and every layer those of a context sequence once.
+
+    The last layer computes only `rows` (R,), sorted and unique, of the query sequences: the first token of pairs to match, the
+    masked words to restore. Nobody reads the others, so they cost nothing. The numbers are those of the padded loop."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.layers = nn.ModuleList(TextLayer(c.width, c.fusion_heads, c.fusion_hidden, c.fusion_eps, c.dropout, cross=True)
+                                    for _ in range(c.fusion_layers))
+
+    def forward(self, x, starts, context, context_starts, memory=None, rows=None, sources=None):
+        """x (T, D) and starts: texts. -> states of all query sequences (T', D), or of `rows` (R, D)."""
+        where, full = (torch.arange(len(x), device=x.device), starts) if sources is None else take(starts, sources)
+        y, y_starts = x, starts
+        for i, layer in enumerate(self.layers):
+            pick, q_starts = where, full                                     # rows of y that ask
+            if rows is not None and i == len(self.layers) - 1:
+                pick, q_starts = where[rows], torch.searchsorted(rows, full.long()).int()
+            x = layer(y.index_select(0, pick), q_starts, y, y_starts, sources, context, context_starts, memory)
+            where, y, y_starts, sources = torch.arange(len(x), device=x.device), x, full, None
+        return x
+
+
+class WordHead(nn.Module):
+    """Masked LM's head up to the decoder's input; weight and bias belong to the decoder. tied: the weight is the embedding."""
+
+    def __init__(self, c, embedding):
+        super().__init__()
+        self.dense, self.norm = nn.Linear(c.width, c.width), nn.LayerNorm(c.width, c.text_eps)
+        self.weight = embedding.weight if c.tied else nn.Parameter(torch.empty(c.vocabulary, c.width))
+        self.bias = nn.Parameter(torch.zeros(c.vocabulary))
+
+    def forward(self, x):
+        return self.norm(F.gelu(self.dense(x)))                              # (M, D) -> (M, D)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The model
+# ------------------------------------------------------------------------------------------------------------------
+
+class CCLM(nn.Module):
+    """encode_image, encode_text, fuse: three verbs, and the parameters the losses need (temperature, itm_head, mlm_head)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.vision, self.text, self.fusion = ViT(c), TextEncoder(c), Fusion(c)
+        self.vision_proj, self.text_proj = nn.Linear(c.width, c.embedding), nn.Linear(c.width, c.embedding)
+        self.itm_head = nn.Sequential(nn.Linear(c.width, 2 * c.width), nn.LayerNorm(2 * c.width), nn.GELU(),
+                                      nn.Linear(2 * c.width, 2))
+        self.mlm_head = WordHead(c, self.text.words)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        init_weights(self)
+
+    def encode_image(self, images, ids):
+        """images (B, 3, pixels, pixels) float, normalised; ids (B,) -> View."""
+        states, starts = self.vision(images)                                 # (B * P, D), (B+1,)
+        return View(states, starts, self.vector(self.vision_proj, states, starts), ids)
+
+    def encode_text(self, words, starts, ids):
+        """words (T,) int64, starts (B+1,) int32, ids (B,) -> View."""
+        states = self.text(words, starts)                                    # (T, D)
+        return View(states, starts, self.vector(self.text_proj, states, starts), ids)
+
+    def vector(self, project, states, starts):
+        if self.config.pool == "mean":
+            pooled = torch.segment_reduce(states, "mean", lengths=starts.diff().long())       # (T, D) -> (B, D)
+        else:
+            pooled = Gather.apply(states, starts[:-1].long())
+        return F.normalize(wide(project(pooled)), dim=-1)                    # (B, E)
+
+    def fuse(self, *args, **options):
+        """Text states x (T, D) that look at a view's states (S, D) -> (T', D), or (R, D): see Fusion.forward."""
+        return self.fusion(*args, **options)
+
+
+def init_weights(model):
+    """All random numbers of a new model, in one place (F1.2; the zero is ours, for training from scratch).
+
+        Linear, class token, positions of patches            normal(0, init_std)
+        words, positions of words                            normal(0, embedding_std)
+        Conv2d                                               normal(0, 1 / sqrt(inputs))
+        biases, relative position bias, token type           0
+        LayerNorm                                            1, 0
+        layer scale (BEiT-2)                                 0.1
+        last layer of itm_head                               0: a new model says "no idea" to every pair
+        temperature                                          0.07"""
+    std = model.config.init_std
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=std if isinstance(module, nn.Linear) else module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for table in (model.text.words, model.text.positions):
+        nn.init.normal_(table.weight, std=model.config.embedding_std)
+    if not model.config.tied:
+        nn.init.normal_(model.mlm_head.weight, std=std)
+    nn.init.normal_(model.vision.class_token, std=std)
+    if model.vision.positions is not None:
+        nn.init.normal_(model.vision.positions, std=std)
+    nn.init.zeros_(model.itm_head[-1].weight)
+
+
+def parameter_groups(model, lr, weight_decay=0.01, new=(), new_lr=2.0, temperature_lr=1e-4):
+    """AdamW's groups: no decay for vectors and scalars (biases, norms, layer scale, temperature); names in `new` learn at
+    new_lr times the rate (F4.1). The temperature has a rate of its own: at the trunk's it runs into its clamp in 30 steps."""
+    groups = {}
+    for name, p in model.named_parameters():
+        rate = min(temperature_lr, lr) if name.endswith("temperature") else lr * (new_lr if name in new else 1.0)
+        groups.setdefault((rate, weight_decay if p.ndim >= 2 else 0.0), []).append(p)
+    return [{"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def build(preset="demo", **changes):
+    """The Config of a preset with some fields changed; the vision width is the text width by construction."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown: choose {', '.join(PRESETS)}")
+    return replace(PRESETS[preset], **changes)
+
+
+if __name__ == "__main__":
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            model = CCLM(config)
+        print(f"{name:6} {sum(p.numel() for p in model.parameters()):13,} parameters")
+    model = CCLM(PRESETS["demo"])
+    image = model.encode_image(torch.randn(2, 3, 64, 64), torch.arange(2))
+    text = model.encode_text(torch.randint(4, 8000, (9,)), torch.tensor([0, 4, 9], dtype=torch.int32), torch.arange(2))
+    fused = model.fuse(text.states, text.starts, image.states, image.starts)
+    print("image states", tuple(image.states.shape), "text states", tuple(text.states.shape), "fused", tuple(fused.shape))

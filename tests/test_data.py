@@ -1,0 +1,111 @@
+"""Tokenizer, masking, order, streams and the built-in data."""
+import collections
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from demo import emoji
+
+
+def test_ids_are_laid_out_as_in_xlm_r(tokenizer):
+    ids = tokenizer.encode("red apple")
+    assert ids[0] == data.BOS == 0 and ids[-1] == data.EOS == 2 and tokenizer.mask == tokenizer.size - 1 == len(tokenizer.pieces) + 1
+    assert [i - 1 for i in ids[1:-1]] == tokenizer.pieces.encode("red apple")
+    assert tokenizer.pieces.decode([i - 1 for i in ids[1:-1]]) == "red apple"
+    assert tokenizer.words([0, 2, tokenizer.mask]) == ["<s>", "</s>", "<mask>"]
+
+
+def test_a_long_sentence_is_cut_and_still_ends(tokenizer):
+    ids = tokenizer.encode("word " * 200, 16)
+    assert len(ids) == 16 and ids[-1] == data.EOS
+
+
+def test_no_test_language_and_no_test_concept_is_in_the_tokenizers_text():
+    assert not set(emoji.languages("never")) & set(emoji.languages("seen") + emoji.languages("text_only"))
+    assert not {c["id"] for c in emoji.concepts().values() if c["split"] != "train"} & set(emoji.training_drawings())
+
+
+def test_masking_hides_only_words_and_as_many_as_stated(tokenizer):
+    """F3.6: min(most, round(0.4 n)) positions; 80 % <mask>, 10 % another word, 10 % unchanged; never a special."""
+    ids, kinds, n = [0, *range(10, 38), 2], collections.Counter(), 0
+    for seed in range(400):
+        masked, hidden = data.mask_words(ids, np.random.default_rng(seed), tokenizer, 0.4, 20)
+        assert len(hidden) == 12 and hidden == sorted(set(hidden)) and masked[0] == 0 and masked[-1] == 2
+        for i, (old, new) in enumerate(zip(ids, masked)):
+            assert old == new or (i in hidden and new > data.UNKNOWN)
+        kinds.update("mask" if masked[i] == tokenizer.mask else "same" if masked[i] == ids[i] else "other" for i in hidden)
+        n += len(hidden)
+    assert abs(kinds["mask"] / n - 0.8) < 0.02 and abs(kinds["same"] / n - 0.1) < 0.02 and abs(kinds["other"] / n - 0.1) < 0.02
+
+
+def test_a_sentence_of_specials_hides_nothing(tokenizer):
+    assert data.mask_words([0, 2], np.random.default_rng(0), tokenizer) == ([0, 2], [])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 1000, 1025])
+def test_every_index_once_per_epoch(n):
+    orders = [[data.example_at(e * n + i, n, 5, 0)[1] for i in range(n)] for e in range(2)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert n < 7 or orders[0] != orders[1]
+
+
+def parts(tokenizer, world, step):
+    """One step's image-text and parallel batches, the processes' parts put together, as comparable lists."""
+    out = []
+    for rank in range(world):
+        b = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 8, 12, seed=1, rank=rank, world=world)[step]
+        for stream in b:
+            for s in (stream["b"], stream.get("a", stream["b"])):
+                out.append([s.words[i:j].tolist() for i, j in zip(s.starts[:-1], s.starts[1:])])
+            out.append([list(x.flatten().tolist()) for x in stream.get("images", stream["ids"][:, None])])
+            masked = stream["masked"].words
+            out.append([masked[i:j].tolist() for i, j in zip(stream["b"].starts[:-1], stream["b"].starts[1:])])
+    return [sum((out[rank * 8 + k] for rank in range(world)), []) for k in range(8)]
+
+
+def test_the_data_are_the_same_at_any_number_of_processes(tokenizer):
+    one = parts(tokenizer, 1, 3)
+    assert parts(tokenizer, 2, 3) == one and parts(tokenizer, 4, 3) == one
+
+
+def test_the_data_are_the_same_with_workers(tokenizer):
+    batches = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 4, 4, seed=1)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(2, 6), num_workers=2)
+    for step, (image, pair) in zip(range(2, 6), loader):
+        assert torch.equal(image["images"], batches[step][0]["images"]) and torch.equal(pair["a"].words, batches[step][1]["a"].words)
+
+
+def test_singles_of_a_batch_are_different_concepts_within_an_epoch():
+    images = data.DemoImages()
+    alone = [i for i in (data.example_at(p, len(images), 0, 0)[1] for p in range(len(images))) if i < len(images.ids)]
+    assert sorted(alone) == list(range(439))
+
+
+def test_scenes_are_captioned_by_the_languages_own_list_pattern():
+    apple, dog, car = "1f34e", "1f415", "1f697"
+    ids = [i for i in (apple, dog, car) if i in emoji.concepts()] or list(emoji.concepts())[:3]
+    names = {k: [emoji.concepts()[i]["name"][k] for i in list(emoji.concepts())[:3]] for k in ("en", "ja", "it", "ar")}
+    assert ids and emoji.join(names["en"], "en") == "{}, {}, and {}".format(*names["en"])
+    assert emoji.join(names["ja"], "ja") == "、".join(names["ja"]) and emoji.join(names["it"], "it") == "{}, {} e {}".format(*names["it"])
+    assert emoji.join(names["ar"][:2], "ar") == "{} و{}".format(*names["ar"]) and emoji.join(names["en"][:1], "en") == names["en"][0]
+
+
+def test_test_sets_are_what_the_readme_says():
+    sizes = {name: len(emoji.split(name)) for name in ("val", "test_style", "test_concept")}
+    assert sizes == {"val": 156, "test_style": 439, "test_concept": 50}
+    assert all(name.split("/")[0] != emoji.meta()["test_vendor"] for name in emoji.splits()["train"])
+    scenes = emoji.split("test_scenes")
+    assert len(scenes) == 1000 and all(s["captions"]["en"][0] != s["false_captions"]["en"] for s in scenes)
+
+
+def test_image_transforms_keep_the_contract():
+    image = Image.effect_noise((90, 50), 80).convert("RGB")
+    for seed in range(30):
+        x = data.train_image(image, 32, np.random.default_rng(seed))
+        assert x.shape == (3, 32, 32) and x.dtype == np.uint8
+    assert data.test_image(image, 48).shape == (3, 48, 48)
+    white = data.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    assert torch.allclose(white[0, :, 0, 0], torch.tensor([(1 - m) / s for m, s in zip(data.MEAN, data.STD)]), atol=1e-6)

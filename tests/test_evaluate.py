@@ -1,0 +1,200 @@
+"""evaluate.py: packed re-ranking equals a loop over pairs, recall equals hand-made cases, a mistake is one line."""
+import base64
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+import data
+import evaluate
+from demo import emoji
+from model import CCLM, PRESETS
+
+LANGUAGES = ["en", "de", "hi"]
+
+
+def make(tokenizer, **changes):
+    """A tiny model whose match head has an opinion."""
+    torch.manual_seed(0)
+    changes |= {"width": 32, "embedding": 16, "image_size": 32, "vision_layers": 1, "text_layers": 1, "init_std": 0.2}
+    model = CCLM(dataclasses.replace(PRESETS["demo"], vocabulary=tokenizer.size, **changes)).eval()
+    torch.nn.init.normal_(model.itm_head[-1].weight)
+    return model
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Six images; the first has a second English caption, the last none in German."""
+    six = emoji.split("val")[:6]
+    rows = [{"image": x["image"], "captions": {k: list(x["captions"][k]) for k in LANGUAGES}} for x in six]
+    rows[0]["captions"]["en"].append("something else")
+    del rows[5]["captions"]["de"]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory):
+    model, path = make(tokenizer), tmp_path_factory.mktemp("evaluate") / "ckpt.pt"
+    torch.save({"model": model.state_dict(), "tokenizer": tokenizer.model,
+                "config": {"model": dataclasses.asdict(model.config), "train": {}}}, path)
+    return path
+
+
+@torch.inference_mode()
+def one_pair(model, tokenizer, image, text):
+    """(cosine, match logit) of one image and one text, without packs, memory, sources or rows."""
+    words, starts = data.pack([tokenizer.encode(text)])
+    b = model.encode_text(words, starts, None)
+    pixels = torch.from_numpy(data.test_image(image, model.config.image_size).copy())[None]
+    a = model.encode_image(data.normalise(pixels), None)
+    fused = model.fuse(b.states, b.starts, a.states, a.starts)
+    return float(a.vectors @ b.vectors.T), float(model.itm_head(fused[:1])[0, 1])
+
+
+def all_pairs(model, tokenizer, rows, language):
+    """{(caption, image): (cosine, match logit)}, and the image of each caption."""
+    kept = [r for r in rows if r["captions"].get(language)]
+    captions = [(text, i) for i, r in enumerate(kept) for text in r["captions"][language]]
+    return {(c, i): one_pair(model, tokenizer, r["image"], text) for c, (text, _) in enumerate(captions)
+            for i, r in enumerate(kept)}, [i for _, i in captions]
+
+
+def plain_recall(score, owner, K, k=1):
+    """Official protocol (F5.4), a query at a time: sort by cosine, then the first K of them by the match logit."""
+    def hit(pairs):
+        pairs = sorted(pairs, key=lambda p: -score[p][0])
+        if K:
+            pairs = sorted(pairs[:K], key=lambda p: -score[p][1])
+        return any(owner[c] == i for c, i in pairs[:k])
+    images = range(max(owner) + 1)
+    forth = [hit([(c, i) for i in images]) for c in range(len(owner))]
+    back = [hit([(c, i) for c in range(len(owner))]) for i in images]
+    return 100 * sum(forth) / len(forth), 100 * sum(back) / len(back)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("batch", [2, 256])
+def test_match_logits_of_a_pack_equal_those_of_single_pairs(tokenizer, rows, layers, batch):
+    model = make(tokenizer, fusion_layers=layers)
+    texts = [t for row in rows for said in row["captions"].values() for t in said]
+    with torch.inference_mode():
+        images = evaluate.encode_images(model, [row["image"] for row in rows], "cpu", batch)
+        view, place = evaluate.encode_texts(model, tokenizer, texts, "cpu", batch)
+        pairs = torch.cartesian_prod(torch.arange(len(texts)), torch.arange(len(rows)))[::3]
+        got = evaluate.match_logits(model, view, images, torch.stack([place[pairs[:, 0]], pairs[:, 1]], 1), batch)
+    want = torch.tensor([one_pair(model, tokenizer, rows[i]["image"], texts[t])[1] for t, i in pairs.tolist()])
+    assert want.std() > 0.01                                                 # the pairs do differ
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_recall_and_reranking_equal_the_official_protocol_a_query_at_a_time(tokenizer, rows):
+    model = make(tokenizer)
+    pairs = {language: all_pairs(model, tokenizer, rows, language) for language in LANGUAGES}
+    for K in (2, 3, 100):                                                    # 100: more than there are candidates
+        got = evaluate.retrieval(model, tokenizer, rows, rerank=K)
+        assert list(got) == LANGUAGES and (got["en"]["n"], got["en"]["images"], got["de"]["images"]) == (7, 6, 5)
+        for language, x in got.items():
+            assert (x["t2i_r1"], x["i2t_r1"]) == pytest.approx(plain_recall(*pairs[language], 0))
+            assert (x["t2i_r5"], x["i2t_r5"]) == pytest.approx(plain_recall(*pairs[language], 0, 5))
+            assert (x["reranked_t2i_r1"], x["reranked_i2t_r1"]) == pytest.approx(plain_recall(*pairs[language], K))
+    assert "reranked_t2i_r1" not in evaluate.retrieval(model, tokenizer, rows, rerank=0)["en"]
+
+
+def test_ranks_of_a_hand_made_case_with_several_captions_per_image():
+    scores = torch.tensor([[.9, .1, .0],                                     # image 0's first caption: right
+                           [.2, .8, .3],                                     # image 0's second: third
+                           [.1, .5, .7],                                     # image 1's: second
+                           [.3, .2, .4]])                                    # image 2's: right
+    right = torch.tensor([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
+    assert evaluate.ranks(scores, right).tolist() == [0, 2, 1, 0]
+    assert evaluate.ranks(scores.T, right.T).tolist() == [0, 1, 1]           # an image counts with its best caption
+
+
+def test_ties_and_nan_never_help():
+    right = torch.eye(3).bool()
+    assert evaluate.ranks(torch.zeros(3, 3), right).tolist() == [2, 2, 2]
+    assert evaluate.ranks(torch.full((3, 3), torch.nan), right).tolist() == [2, 2, 2]
+    outside = torch.tensor([[-torch.inf, 1, 2], [0, 1, 2], [0, 1, torch.nan]])     # right: no candidate
+    assert evaluate.ranks(outside, right).tolist() == [2, 1, 2]
+
+
+def test_an_undecided_match_head_reranks_to_zero(tokenizer, rows):
+    model = make(tokenizer)
+    torch.nn.init.zeros_(model.itm_head[-1].weight)
+    assert evaluate.retrieval(model, tokenizer, rows, ["en"])["en"]["reranked_t2i_r1"] == 0
+
+
+def test_equal_captions_count_beside_the_plain_number_never_instead(tokenizer, rows):
+    twins = [dict(row, captions={"en": ["a thing"]}) for row in rows[:2]]    # whatever is shown, it is called the same
+    x = evaluate.retrieval(make(tokenizer), tokenizer, twins)["en"]
+    assert x["t2i_r1"] == 50 and x["t2i_r1_equal"] == 100                    # one of two queries finds its own
+    assert x["i2t_r1"] == 0 and x["i2t_r1_equal"] == 100                     # the two captions tie: nobody's gain
+    assert x["reranked_t2i_r1_equal"] == x["reranked_i2t_r1_equal"] == 100
+
+
+def test_new_names_leave_out_what_another_training_language_says_in_any_case(tokenizer, rows):
+    said = [{"en": ["robot"], "nl": ["Robot"], "de": ["Roboter"]}, {"en": ["cat"], "nl": ["kat"], "de": ["Katze"]}]
+    both = [dict(row, captions=c) for row, c in zip(rows, said)]
+    got = evaluate.retrieval(make(tokenizer), tokenizer, both, rerank=0, trained=["en", "de"])
+    assert {k: x["new_n"] for k, x in got.items()} == {"en": 2, "nl": 1, "de": 2}
+
+
+def test_false_captions_lose_a_tie_and_the_model_keeps_its_mode(tokenizer, rows):
+    false = [dict(row, false_captions={"en": row["captions"]["en"][0]}) for row in rows]
+    model = make(tokenizer).train()
+    x = evaluate.retrieval(model, tokenizer, false, ["en"])["en"]
+    assert model.training and x["false_caption_accuracy"] == x["false_caption_accuracy_cosine"] == 0
+
+
+def test_the_report_has_every_language_and_group_and_prints(tokenizer, capsys):
+    report = evaluate.demo_report(make(tokenizer), tokenizer, "cpu", rerank=2, sets=("test_concept",))
+    assert len(report["test_concept"]) == 25 and list(report["groups"]["test_concept"]) == list(evaluate.GROUPS)
+    seen = [report["test_concept"][k]["t2i_r10"] for k in emoji.languages("seen")]
+    assert report["groups"]["test_concept"]["seen"]["t2i_r10"] == pytest.approx(sum(seen) / 6)
+    evaluate.print_table(json.loads(json.dumps(report)))
+    out = capsys.readouterr().out
+    assert "never in training (4)" in out and "chance" in out and max(map(len, out.splitlines())) <= 120
+
+
+def test_search_prints_a_ranking_and_writes_one_safe_file(checkpoint, tmp_path, capsys):
+    for i, row in enumerate(emoji.split("val")[:4]):
+        row["image"].save(tmp_path / f"{i}.png")
+    command = f"search --ckpt {checkpoint} --images {tmp_path} --top 3 --html {tmp_path}/g.html <b>dog</b> Hund"
+    assert evaluate.main(command.split()) == 0
+    out, page = capsys.readouterr().out, (tmp_path / "g.html").read_text(encoding="utf-8")
+    assert len(re.findall(r"^   [123]  [ -]0\.\d{3}  .*\.png$", out, re.M)) == 6
+    assert out.endswith(f"wrote {tmp_path}/g.html\n")
+    assert "<b>" not in page and "&lt;b&gt;dog" in page and "<script" not in page and "http" not in page
+    pictures = re.findall(r"base64,([^\"]+)", page)
+    assert len(pictures) == 6 and base64.b64decode(pictures[0]).startswith(b"\x89PNG")
+
+
+MISTAKES = """no checkpoint      retrieval --ckpt {d}/none.pt
+not a checkpoint   retrieval --ckpt {d}/text.png
+another shape      retrieval --ckpt {d}/other.pt
+unknown split      retrieval --ckpt {c} --data demo:nonsense
+empty caption      retrieval --ckpt {c} --data {d}/empty.jsonl
+text as image      retrieval --ckpt {c} --data {d}/text.jsonl
+negative K         retrieval --ckpt {c} --rerank -1
+unwritable json    retrieval --ckpt {c} --json {d}/none/x.json
+unknown language   retrieval --ckpt {c} --data demo:val_concept --languages xx
+empty folder       search --ckpt {c} --images {d}/empty dog
+broken image       search --ckpt {c} --images {d} dog --html {d}/g.html
+top 0              search --ckpt {c} --images {d} --top 0 dog
+unwritable html    search --ckpt {c} --images {d} dog --html {d}""".splitlines()
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(mistake, checkpoint, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("this is no image")
+    (tmp_path / "empty.jsonl").write_text('{"image": "x.png", "captions": {"en": " "}}')
+    (tmp_path / "text.jsonl").write_text('{"image": "text.png", "captions": {"en": "a"}}')
+    state = torch.load(checkpoint, weights_only=True)
+    state["config"]["model"]["width"] = 64
+    torch.save(state, tmp_path / "other.pt")
+    assert evaluate.main(mistake[19:].format(c=checkpoint, d=tmp_path).split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1, err

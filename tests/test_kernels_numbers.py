@@ -1,0 +1,160 @@
+"""The Triton kernels against dense float64 references and against torch.
+
+    TRITON_INTERPRET=1 pytest tests/test_kernels_numbers.py        in the interpreter, on CPU tensors
+    pytest -m gpu tests/test_kernels_numbers.py                    on a GPU
+Started plainly on a machine without a GPU, all of it is skipped; test_kernels_interpreter.py starts it as above.
+"""
+import pytest
+import torch
+
+from kernels import attention_triton, contrastive_triton, interpreting
+from kernels.attention import attention
+from kernels.contrastive import contrastive, contrastive_torch
+from kernels.reference import (ALLOWED, DTYPES, attention_errors, contrast_errors, contrast_loss, random_attention,
+                               random_contrast)
+
+DEVICE = "cpu" if interpreting() else "cuda"
+if not interpreting():
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, and not in the interpreter")
+    pytestmark = [pytest.mark.gpu, no_gpu]
+TYPES = [name for name in DTYPES if interpreting() or name != "fp64"]                # on a GPU float64 is left to torch
+CASES = 50                                                                           # per dtype: 200 in all
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_attention_equals_dense_float64_on_random_ragged_batches(name):
+    for seed in range(CASES):
+        case = random_attention(CASES * TYPES.index(name) + seed, DTYPES[name], DEVICE, 200 if seed % 3 == 0 else 70)
+        errors = attention_errors(case)
+        assert max(errors.values()) <= ALLOWED[name], (seed, errors)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_contrast_equals_dense_float64(name):
+    shapes = [(1, 1, 0), (2, 3, 1), (37, 91, 50), (130, 130, 0), (259, 600, 341)]
+    for B, N, first_row in shapes:
+        for t in (0.5, 0.07, 0.02, 0.001):
+            errors = contrast_errors(random_contrast(N, B, N, first_row, t, DTYPES[name], DEVICE))
+            extreme = 10 if t == 0.001 and name in ("fp64", "fp32") else 1               # one rounding of logit 1,000
+            assert max(errors.values()) <= extreme * ALLOWED[name], (B, N, t, errors)
+
+
+def test_gradcheck():
+    if not interpreting():
+        pytest.skip("float64 kernels run in the interpreter only")
+    for seed in (2, 4):                                                              # fast_mode: random projections
+        *inputs, q_starts, k_starts, memory, bias = random_attention(seed, torch.float64, longest=5)
+        inputs += [] if bias is None else [bias]
+        run = lambda q, k, v, b=None: attention(q, k, v, q_starts, k_starts, memory, b)
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    case = random_contrast(0, 4, 9, 3, 0.2, torch.float64, E=5)
+    assert torch.autograd.gradcheck(lambda *x: contrastive(*x, *case[3:], None)[:3], case[:3])
+
+
+def test_logits_of_ten_thousand_give_no_inf_and_no_nan():
+    case = random_attention(2, torch.float32, DEVICE)
+    q, k, v = (x.detach() * 100 for x in case[:3])
+    assert attention(q, k, v, *case[3:]).isfinite().all()
+    a, b, t, *rest = random_contrast(0, 70, 150, 20, 0.001, torch.float32, DEVICE)
+    a, b = (30 * x.detach() for x in (a, b))
+    loss = contrast_loss(*contrastive(a.requires_grad_(), b.requires_grad_(), t, *rest, None)[:3], 150)
+    assert all(x.isfinite().all() for x in (loss, *torch.autograd.grad(loss, (a, b, t))))
+
+
+def test_a_view_nobody_reads_has_gradient_zero_and_a_query_without_memory_is_zero():
+    starts = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device=DEVICE)
+    q, k, v = (torch.randn(7, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v, starts, starts, torch.tensor([2, 0, -1], device=DEVICE))
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert (out[3:] == 0).all() and (dq[3:] == 0).all() and (dk[:3] == 0).all() and (dv[:3] == 0).all()
+    assert (out[:3] != 0).any() and (dv[3:] != 0).any()
+
+
+def test_a_column_that_lost_every_row_is_minus_infinity_with_gradient_zero():
+    a, b, t, ids, all_ids, _ = random_contrast(0, 3, 9, 0, 0.07, torch.float32, DEVICE)
+    ids, all_ids = torch.arange(6, device=DEVICE).view(3, 2), torch.arange(18, device=DEVICE).view(9, 2)
+    all_ids[7], ids[:] = 100, 100
+    out = contrastive(a, b, t, ids, all_ids, 0, None)
+    assert out.column_lse[7] == -torch.inf and out.column_lse[:7].isfinite().all()
+    da, db, dt = torch.autograd.grad(out.column_lse, (a, b, t), torch.ones_like(out.column_lse))
+    assert (db[7] == 0).all() and all(x.isfinite().all() for x in (da, db, dt))
+
+
+@pytest.mark.parametrize("sizes", [(32, 32), (64, 128), (128, 64)])
+def test_hard_negatives_are_torchs_whatever_the_tile(sizes, monkeypatch):
+    if interpreting():
+        monkeypatch.setattr(contrastive_triton, "tiles", lambda *_: dict(ROWS=sizes[0], COLUMNS=sizes[1]))
+    shapes = [(1, 4, 2, 0.07), (2, 2, 0, 0.07), (75, 150, 75, 0.5), (140, 140, 0, 0.07), (140, 140, 0, 0.001)]
+    for seed, (B, N, first_row, t) in enumerate(shapes):
+        case = random_contrast(seed, B, N, first_row, t, torch.float32, DEVICE)
+        kernel, torchs = contrastive(*case, 2 ** 40 + seed), contrastive_torch(*case, 2 ** 40 + seed)
+        assert kernel.wrong_a.equal(torchs.wrong_a) and kernel.wrong_b.equal(torchs.wrong_b)
+
+
+def everything(moat=0):
+    """Outputs and gradients of both kernels on fixed cases, as one list."""
+    results = []
+    for seed in (2, 3, 4):
+        case = random_attention(seed, torch.float32, DEVICE, moat=moat)
+        out, inputs = attention(*case), [x for x in (*case[:3], case[6]) if x is not None]
+        results += [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+    case = random_contrast(1, 150, 333, 100, 0.07, torch.float32, DEVICE)
+    if moat:                                                                         # vectors in a matrix of nan
+        wide = [torch.full((len(x) + 2 * moat, 48), torch.nan, device=DEVICE) for x in case[:2]]
+        for w, x in zip(wide, case[:2]):
+            w[moat:-moat, :32] = x.detach()
+        case = (*(w[moat:-moat, :32].requires_grad_() for w in wide), *case[2:])
+    out = contrastive(*case, 5)
+    return results + [*out, *torch.autograd.grad(contrast_loss(*out[:3], 333), case[:3])]
+
+
+def test_no_kernel_reads_or_writes_outside_its_matrices(monkeypatch):
+    """Inputs lie in seas of nan; outputs start as nan between canaries."""
+    plain, guarded = everything(), []
+
+    def new_empty(x, *shape, dtype=None, **_):
+        shape = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        dtype = dtype or x.dtype
+        canary = torch.nan if dtype.is_floating_point else 77
+        buffer = torch.full((shape.numel() + 512,), canary, dtype=dtype, device=x.device)
+        guarded.append(buffer)
+        return buffer[256:256 + shape.numel()].view(shape)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x, dtype=None, **_: new_empty(x, x.shape, dtype=dtype))
+    moated = everything(moat=64)
+    monkeypatch.undo()
+    assert len(plain) == len(moated) and len(guarded) > 20
+    assert all(x.equal(y) for x, y in zip(plain, moated))
+    edges = torch.cat([torch.cat([b[:256], b[-256:]]).double() for b in guarded])
+    assert ((edges == 77) | edges.isnan()).all()
+
+
+def test_the_order_of_programs_changes_no_bit(monkeypatch):
+    if not interpreting():
+        results = [everything() for _ in range(50)]                                  # a GPU's order differs by itself
+        assert all(x.equal(y) for run in results[1:] for x, y in zip(results[0], run))
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+    plain, set_grid_idx = everything(), InterpreterBuilder.set_grid_idx
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", lambda self, *at: set_grid_idx(
+        self, *(size - 1 - i for size, i in zip(self.grid_dim, at))))
+    assert all(x.equal(y) for x, y in zip(plain, everything()))
+
+
+def test_torch_compile_takes_the_kernels_as_they_are():
+    case = random_attention(2, torch.float32, DEVICE)
+    step = torch.compile(lambda *x: attention(*x).sum(), backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(attention(*case).sum(), case[:3])
+    assert all(x.equal(y) for x, y in zip(torch.autograd.grad(step(*case), case[:3]), expected))
+    case = random_contrast(1, 20, 50, 7, 0.07, torch.float32, DEVICE)
+    step = torch.compile(lambda *x: contrastive(*x, 7, 3), backend="aot_eager")
+    assert all(x.equal(y) for x, y in zip(step(*case[:5]), contrastive(*case, 3)))
+
+
+def test_the_kernels_are_what_ran(monkeypatch):
+    ran = []
+    monkeypatch.setattr(attention_triton, "attention_op", lambda q, *_: ran.append("attention") or (q, q))
+    monkeypatch.setattr(contrastive_triton, "draw_op", lambda x, *_: ran.append("draw") or x)
+    attention(*random_attention(2, torch.float32, DEVICE))
+    contrastive(*random_contrast(0, 4, 4, 0, 0.07, torch.float32, DEVICE), 1)
+    assert ran == ["attention", "draw", "draw"]

@@ -1,0 +1,130 @@
+"""The losses: chance levels, exact gradients, wrong partners."""
+import math
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import losses
+from losses import contrast, cross_view, masked_lm, match
+from model import View
+from test_packing import example, make, packed_losses
+
+
+def views(B=12, E=16, seed=0, ids=None):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.arange(B) if ids is None else ids
+    return [View(None, None, F.normalize(torch.randn(B, E, generator=g, dtype=torch.float64), dim=-1), ids) for _ in range(2)]
+
+
+def test_an_untrained_model_is_at_chance():
+    """Mean of three seeds: contrast within 5 % of ln N, mask within 5 % of ln V, match 0.6931."""
+    tables = [losses.sanity_table(seed=seed) for seed in range(3)]
+    for name, allowed in (("contrast", 0.05), ("mask", 0.05), ("match", 1e-6)):
+        got, chance = (sum(dict((row[0], row[i]) for row in table)[name] for table in tables) / 3 for i in (1, 2))
+        chance = math.log(2) if name == "match" else chance
+        assert abs(got / chance - 1) < allowed, (name, got, chance)
+
+
+def test_contrast_equals_two_cross_entropies():
+    a, b = views()
+    t = torch.tensor(0.07, dtype=torch.float64)
+    logits = a.vectors @ b.vectors.T / t
+    expected = (F.cross_entropy(logits, a.ids) + F.cross_entropy(logits.T, a.ids)) / 2
+    assert abs(float(contrast(a, b, t, seed=0)[0] - expected)) < 1e-12
+
+
+def test_same_things_are_neither_positives_nor_negatives():
+    """`same` when a's ids or b's ids agree: the loss is that of the matrix without those pairs."""
+    a, b = views(6)
+    a, b = a._replace(ids=torch.tensor([0, 0, 1, 2, 3, 4])), b._replace(ids=torch.tensor([0, 1, 2, 3, 3, 4]))
+    t = torch.tensor(0.1, dtype=torch.float64)
+    logits = a.vectors @ b.vectors.T / t
+    for i, j in ((0, 1), (1, 0), (3, 4), (4, 3)):
+        logits[i, j] = -torch.inf
+    expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))) / 2
+    assert abs(float(contrast(a, b, t, seed=0)[0] - expected)) < 1e-12
+
+
+def test_positive_same_things_share_the_label():
+    """F2.1: soft labels = equal ids / row sum, in both directions."""
+    ids = torch.tensor([0, 1, 0, 2, 0, 1])
+    a, b = views(6, ids=ids)
+    t = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    a.vectors.requires_grad_(), b.vectors.requires_grad_()
+    labels = (ids[:, None] == ids).double()
+    labels /= labels.sum(1, keepdim=True)
+    logits = a.vectors @ b.vectors.T / t
+    expected = -((labels * logits.log_softmax(1)).sum() + (labels * logits.T.log_softmax(1)).sum()) / 12
+    wanted = torch.autograd.grad(expected, (a.vectors, b.vectors, t))
+    got, wrong = contrast(a, b, t, seed=0, same="positive")
+    assert abs(float((got - expected).detach())) < 1e-12
+    for x, y in zip(torch.autograd.grad(got, (a.vectors, b.vectors, t)), wanted):
+        assert torch.allclose(x, y, rtol=0, atol=1e-12)
+    assert (ids[wrong[0]] != ids).all() and (ids[wrong[1]] != ids).all()
+
+
+def test_wrong_partners_follow_the_stated_weights():
+    """Chi-square of 4,000 draws per row against softmax + 1e-5 with itself and `same` at 0; never a forbidden pair."""
+    ids = torch.tensor([0, 1, 2, 1, 3, 4, 5, 6])
+    a, b = views(8, E=4, ids=ids)
+    t, draws = torch.tensor(0.5, dtype=torch.float64), 4000
+    weights = (a.vectors @ b.vectors.T / t).softmax(1) + 1e-5
+    forbidden = ids[:, None] == ids
+    weights = weights.masked_fill(forbidden, 0)
+    counts = torch.zeros(8, 8, dtype=torch.float64)
+    for seed in range(draws):
+        wrong_b = contrast(a, b, t, seed)[1][1]
+        counts[torch.arange(8), wrong_b] += 1
+    assert counts[forbidden].sum() == 0
+    expected = draws * weights / weights.sum(1, keepdim=True)
+    chi2 = ((counts - expected).square() / expected.clamp(min=1e-9))[~forbidden].sum()
+    freedom = int((~forbidden).sum()) - 8
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom), (float(chi2), freedom)
+
+
+def test_match_leaves_out_items_without_a_wrong_partner():
+    logits = torch.randn(9, 2, dtype=torch.float64)
+    wrong = torch.tensor([1, -1, 0]), torch.tensor([2, -1, 1])
+    expected = F.cross_entropy(logits[[0, 2, 3, 5, 6, 8]], torch.tensor([1, 1, 0, 0, 0, 0]))
+    assert abs(float(match(lambda x: x, logits, wrong) - expected)) < 1e-12
+
+
+def test_a_batch_of_one_and_a_sentence_without_hidden_words_do_not_crash():
+    """Nothing to contrast, no wrong partner, nothing hidden: all losses 0, and every parameter still has a gradient."""
+    model = make()
+    images, words, starts, masked, *_ = example(model, lengths=(3,))
+    rows = torch.empty(0, dtype=torch.long)
+    a = model.encode_image(images, torch.tensor([7]))
+    got = packed_losses(model, a, words, starts, masked, rows, torch.tensor([7]), None)
+    assert [float(got[name].detach()) for name in ("contrast", "match", "mask")] == [0, 0, 0]
+    got["loss"].backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_without_match_no_pair_is_fused_and_every_parameter_takes_part():
+    model = make()
+    images, words, starts, masked, rows, ids = example(model)
+    a, b = model.encode_image(images, ids), model.encode_text(words, starts, ids)
+    got = cross_view(model, a, b, model.encode_text(masked, starts, ids).states, rows, words[rows], 0,
+                     weights={"contrast": 1.0, "match": 0.0, "mask": 1.0})
+    got["loss"].backward()
+    assert float(got["match"].detach()) == 0 and all(p.grad is not None for p in model.parameters())
+
+
+def test_without_condition_hidden_words_do_not_see_a():
+    model = make()
+    images, words, starts, masked, rows, ids = example(model)
+    b, hidden = model.encode_text(words, starts, ids), model.encode_text(masked, starts, ids)
+    mask = [float(cross_view(model, model.encode_image(x, ids), b, hidden.states, rows, words[rows], 0, condition=c)["mask"].detach())
+            for c in (True, False) for x in (images, -images)]
+    assert mask[0] != mask[1] and mask[2] == mask[3]
+
+
+def test_masked_lm_in_chunks_equals_whole():
+    g = torch.Generator().manual_seed(0)
+    head = SimpleNamespace(weight=torch.randn(70000, 8, generator=g, dtype=torch.float64), bias=torch.randn(70000, generator=g, dtype=torch.float64))
+    call = type("Head", (), {"__call__": lambda self, x: x, "weight": head.weight, "bias": head.bias})()
+    x, words = torch.randn(2000, 8, generator=g, dtype=torch.float64), torch.randint(70000, (2000,), generator=g)
+    whole = F.cross_entropy(F.linear(x, head.weight, head.bias), words)
+    assert abs(float(masked_lm(call, x, words) - whole)) < 1e-10

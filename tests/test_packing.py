@@ -1,0 +1,129 @@
+"""Packed == padded: the model without padding gives the features, fused states, losses and gradients of the padded textbook one."""
+import dataclasses
+
+import pytest
+import torch
+
+import data
+import losses
+import reference
+from kernels.attention import attention_torch, running
+from model import CCLM, PRESETS
+
+TINY = dataclasses.replace(PRESETS["demo"], width=32, embedding=16, dropout=0.0, image_size=32, patch_size=16, vision_layers=2,
+                           vision_hidden=64, text_layers=2, text_hidden=64, fusion_layers=2, fusion_hidden=64, vocabulary=60)
+VARIANTS = {"demo": {}, "one fusion layer": {"fusion_layers": 1}, "mean": {"pool": "mean"}, "beit2": {"vision": "beit2"},
+            "clip": {"vision": "clip"}, "first": {"pool": "first", "offset": 0, "tied": False}, "stem": {"stem": True}}
+
+
+def make(seed=0, **changes):
+    """A tiny float64 model whose every parameter is random, so that none hides behind a zero."""
+    torch.manual_seed(seed)
+    model = CCLM(dataclasses.replace(TINY, **changes)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim:
+                p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def example(model, lengths=(5, 2, 9, 4, 7), seed=1):
+    """Images, packed words, masked words, hidden rows, ids with one repeated thing."""
+    g = torch.Generator().manual_seed(seed)
+    c, T = model.config, sum(lengths)
+    words, masked = (torch.randint(4, c.vocabulary, (T,), generator=g) for _ in range(2))
+    rows = torch.arange(T)[torch.rand(T, generator=g) < 0.4]
+    images = torch.randn(len(lengths), 3, c.image_size, c.image_size, generator=g).double()
+    return images, words, running(torch.tensor(lengths)), masked, rows, torch.tensor([0, 1, 2, 1, 4])
+
+
+def packed_losses(model, a, words, starts, masked, rows, ids, wrong):
+    b, hidden = model.encode_text(words, starts, ids), model.encode_text(masked, starts, ids)
+    return losses.cross_view(model, a, b, hidden.states, rows, words[rows], seed=0, wrong=wrong)
+
+
+def padded_losses(model, a, words, starts, masked, rows, ids, wrong):
+    """a: (padded states, mask, vectors)."""
+    padded, mask = reference.unpack(words, starts)
+    b = reference.encode_text(model, padded, mask)
+    hidden, _ = reference.unpack(torch.zeros(len(words), dtype=torch.bool).index_fill(0, rows, True), starts)
+    return reference.cross_view(model, *a, b, mask, reference.vectors(model, model.text_proj, b, mask),
+                                reference.encode_text(model, reference.unpack(masked, starts)[0], mask), hidden, words[rows], ids, wrong)
+
+
+@pytest.mark.parametrize("kind", ["image", "sentence"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packing_equals_padding(variant, kind):
+    """Losses and the gradient of every parameter, with repeated wrong partners, a wrong partner nobody has, and a -1."""
+    model = make(**VARIANTS[variant])
+    images, words, starts, masked, rows, ids = example(model)
+    wrong = (torch.tensor([2, 2, -1, 0, 2]), torch.tensor([4, 4, 4, 2, 2]))
+    results = []
+    for build in (packed_losses, padded_losses):
+        model.zero_grad()
+        if kind == "sentence":
+            others = words.flip(0), running(starts.diff().flip(0))
+            a = model.encode_text(*others, ids)
+        else:
+            a = model.encode_image(images, ids)
+        if build is padded_losses:
+            if kind == "sentence":
+                padded, mask = reference.unpack(*others)
+                states, project = reference.encode_text(model, padded, mask), model.text_proj
+            else:
+                states, project = reference.encode_image(model, images), model.vision_proj
+                mask = torch.ones(states.shape[:2], dtype=torch.bool)
+            assert torch.allclose(reference.unpack(a.states, a.starts)[0][mask], states[mask], rtol=0, atol=1e-10)
+            a = states, mask, reference.vectors(model, project, states, mask)
+        got = build(model, a, words, starts, masked, rows, ids, wrong)
+        sum(got[name] * w for name, w in zip(("contrast", "match", "mask"), (1.0, 0.7, 0.4))).backward()
+        results.append((got, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (packed, gradients), (padded, expected) = results
+    for name in padded:
+        assert abs(float(packed[name].detach() - padded[name].detach())) < 1e-9, name
+    floor = 1e-6 * torch.stack([g.norm() for g in expected.values()]).norm()
+    for name, g in expected.items():
+        assert float((gradients[name] - g).norm() / max(g.norm(), floor)) < 1e-9, name
+
+
+def test_fused_states_equal_a_loop_over_pairs():
+    """Any sources, any memory - repeated, missing, -1 - and any rows: each equals its pair fused alone."""
+    model = make()
+    images, words, starts, *_ = example(model)
+    image, text = model.encode_image(images, None), model.encode_text(words, starts, None)
+    sources, memory = torch.tensor([3, 0, 0, 2, 3, 1]), torch.tensor([1, 1, -1, 4, 0, 1])
+    asked = running(starts.diff()[sources])
+    fused = model.fuse(text.states, starts, image.states, image.starts, memory, None, sources)
+    for i, (s, m) in enumerate(zip(sources.tolist(), memory.tolist())):
+        x = text.states[starts[s]:starts[s + 1]][None]
+        y = image.states.view(len(images), -1, 32)[m][None]
+        alone = reference.fuse(model, x, torch.ones(x.shape[:2], dtype=torch.bool), y, torch.full(y.shape[:2], m >= 0))[0]
+        assert torch.allclose(fused[asked[i]:asked[i + 1]], alone, rtol=0, atol=1e-10)
+    rows = torch.tensor([0, 3, 4, 5, 11, len(fused) - 1])
+    some = model.fuse(text.states, starts, image.states, image.starts, memory, rows, sources)
+    assert torch.allclose(some, fused[rows], rtol=0, atol=1e-10)
+
+
+def test_attention_of_nothing_is_zero_with_zero_gradient():
+    """Sequences of length 0, queries that look at nothing, keys nobody looks at."""
+    q, k, v = (torch.randn(n, 2, 16, dtype=torch.float64, requires_grad=True) for n in (6, 7, 7))
+    q_starts, k_starts = (torch.tensor(s, dtype=torch.int32) for s in ([0, 2, 2, 5, 6], [0, 3, 3, 7]))
+    out = attention_torch(q, k, v, q_starts, k_starts, memory=torch.tensor([0, 2, 1, -1]))
+    assert out[2:].abs().max() == 0 and out[:2].abs().min() > 0               # memory 1 is empty, -1 is nothing
+    out.square().sum().backward()
+    assert q.grad[2:].abs().max() == 0 and k.grad[3:].abs().max() == 0 and v.grad[3:].abs().max() == 0
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+def test_sixteen_bit_attention_is_close_to_double():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(40, 2, 16, generator=g, dtype=torch.float64) for _ in range(3))
+    starts = torch.tensor([0, 1, 13, 13, 40], dtype=torch.int32)
+    exact = attention_torch(q, k, v, starts, starts)
+    rounded = attention_torch(*(x.bfloat16() for x in (q, k, v)), starts, starts)
+    assert (rounded.double() - exact).abs().max() < 0.05
+
+
+def test_a_training_batch_has_no_padding(tokenizer):
+    batch = data.Batches(tokenizer, data.DemoImages(), None, 8, 8, seed=0)[0][0]
+    assert not (batch["b"].words == data.PAD).any() and len(batch["b"].words) == batch["b"].starts[-1]

@@ -1,0 +1,85 @@
+"""1, 2 and 4 gloo processes: the same losses and the same gradient of every parameter (dropout off, wrong partners given)."""
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+HERE = pathlib.Path(__file__).parent
+
+
+def given_wrong(N):
+    """Wrong partners that stay inside every process's block for 1, 2 and 4 processes: the neighbour in each two, one missing."""
+    wrong = torch.arange(N) ^ 1
+    wrong[N // 2] = -1
+    return wrong
+
+
+def worker(out, dtype, spm):
+    """Run under torchrun: one forward and backward of both streams through DDP; rank 0 writes losses and gradients."""
+    sys.path.insert(0, str(HERE.parent))
+    import data
+    import losses
+    import train
+    from model import CCLM, build
+    torch.set_num_threads(1)
+    device = train.start_processes()
+    rank, W = losses.world()
+    args = train.settings(["--batch", "8", "--text_batch", "16"])
+    tokenizer = data.Tokenizer(pathlib.Path(spm).read_bytes())
+    torch.manual_seed(0)
+    model = CCLM(build("demo", dropout=0.0, width=32, vision_hidden=64, text_hidden=64, fusion_hidden=64, vision_layers=1, text_layers=1,
+                       fusion_layers=2, vocabulary=tokenizer.size)).to(dtype)
+    with torch.no_grad():
+        model.itm_head[-1].weight.normal_(std=0.2)
+    objective = train.Objective(model, args)
+    plain = losses.cross_view
+
+    def cross_view(model, a, b, *rest, **options):                           # this process's share of given partners
+        B = len(a.ids)
+        wrong = given_wrong(B * W)[rank * B:(rank + 1) * B]
+        wrong = torch.where(wrong < 0, wrong, wrong - rank * B)
+        return plain(model, a, b, *rest, wrong=(wrong, wrong), **options)
+    train.cross_view = cross_view
+    image, pair = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 8, 16, seed=3, rank=rank, world=W)[0]
+    image["ids"][:] = torch.arange(rank * (8 // W), (rank + 1) * (8 // W)) // 3                        # some are the same thing
+    plain_normalise = data.normalise
+    data.normalise = lambda images: plain_normalise(images).to(dtype)
+    wrapped = torch.nn.parallel.DistributedDataParallel(objective) if W > 1 else objective
+    got = wrapped(image, pair, seed=1)
+    got["loss"].backward()
+    values = {f"{s} {n}": losses.total(got[s][n]) / W for s in ("image", "text") for n in ("contrast", "match", "mask")}
+    if rank == 0:
+        torch.save({"losses": values, "gradients": {n: p.grad for n, p in objective.named_parameters()}}, out)
+    if W > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def launch(processes, out, dtype, spm):
+    run = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([sys.executable, *run, __file__, str(out), dtype, str(spm)], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype, allowed", [("float64", 1e-9), ("float32", 1e-4)])
+def test_losses_and_gradients_do_not_depend_on_world_size(tmp_path, tokenizer, dtype, allowed):
+    spm = tmp_path / "spm.model"
+    spm.write_bytes(tokenizer.model)
+    one = launch(1, tmp_path / "1.pt", dtype, spm)
+    floor = 1e-6 * torch.stack([g.norm() for g in one["gradients"].values()]).norm()
+    for processes in (2, 4):
+        many = launch(processes, tmp_path / f"{processes}.pt", dtype, spm)
+        for name, value in one["losses"].items():
+            assert abs(float(many["losses"][name] - value)) <= allowed * abs(float(value)), (processes, name)
+        for name, g in one["gradients"].items():
+            error = float((many["gradients"][name] - g).norm() / torch.maximum(g.norm(), floor))
+            assert error <= allowed, (processes, name, error)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3])

@@ -1,0 +1,498 @@
+"""Train CCLM.
+
+    python train.py                                             the demo: emoji, 21 languages, minutes on two CPU cores
+    torchrun --nproc_per_node=8 train.py --preset base          the same program on eight GPUs (DDP, nccl; gloo on CPUs)
+    python train.py --no-parallel_text --out out/ablation       image-text alone: what the parallel text is worth
+    python train.py --explain                                   one example through every station, with real numbers
+
+One step is one image-text batch and one parallel-text batch through one model, the sum of both streams' losses, one backward and
+one update. out/ receives ckpt.pt, log.csv (one row per step) and results.json.
+
+Resume, the policy:
+  1. If OUT/ckpt.pt exists, the same command continues from it; a finished run only evaluates. --fresh starts over.
+  2. Settings that change the result must be those of the checkpoint; else: exit status 2, naming the first that differs.
+  3. log.csv is cut back to the checkpoint's step, so that no step stands there twice.
+  4. Promised: bitwise the same weights, optimizer and log (but for timing and memory) as the uninterrupted run, on the same
+     machine, number of processes and of threads. Not promised: bitwise equality on another number of either.
+  5. A checkpoint is written beside its place and renamed: a kill at any moment leaves the old or the new one, never half.
+
+Letters: B examples per process, W processes, N = W*B per step, V vocabulary.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, fields
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import data
+import evaluate
+from kernels.attention import running
+from losses import contrast, cross_view, fuse_pairs, total, world
+from model import CCLM, PRESETS, Config, Fusion, View, build, parameter_groups
+from weights import load_weights, read_checkpoint, write_checkpoint
+
+# ------------------------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------------------------
+
+FREE = {"out", "stop_after", "save_every", "log_every", "keep", "fresh", "eval", "explain", "workers", "compile"}      # may differ on resume
+
+
+def settings(argv=None):
+    """The command line. Every field of model.Config is a flag too (None: what the preset says)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", default="out", help="folder for ckpt.pt, log.csv and results.json (default: %(default)s)")
+    run.add_argument("--steps", type=int, default=1500, help="length of the schedule (default: %(default)s)")
+    run.add_argument("--stop_after", type=int, metavar="N", help="stop cleanly after step N of the same schedule")
+    run.add_argument("--seed", type=int, default=0, help="of weights, data and dropout (default: %(default)s)")
+    run.add_argument("--save_every", type=int, default=500, help="steps between checkpoints; the last is always saved (default: %(default)s)")
+    run.add_argument("--keep", type=int, default=0, help="earlier checkpoints to keep as ckpt_STEP.pt (default: %(default)s)")
+    run.add_argument("--log_every", type=int, default=50, help="steps between printed lines (default: %(default)s)")
+    run.add_argument("--fresh", action="store_true", help="start over although OUT holds a checkpoint")
+    run.add_argument("--eval", action=on_off, default=True, help="evaluate on the demo's test sets at the end (default: on)")
+    run.add_argument("--explain", action="store_true", help="show one example at every station and exit")
+    run.add_argument("--workers", type=int, default=1, help="processes per process that prepare batches; 0: none (default: %(default)s)")
+    run.add_argument("--compile", action="store_true", help="torch.compile the two encoders and the fusion encoder")
+    what = parser.add_argument_group("data and losses")
+    what.add_argument("--data", default="demo", choices=["demo"], help="the built-in emoji (default: %(default)s)")
+    what.add_argument("--batch", type=int, default=128, help="image-caption pairs per step, all processes together (default: %(default)s)")
+    what.add_argument("--text_batch", type=int, default=256, help="sentence pairs per step (default: %(default)s)")
+    what.add_argument("--scenes", type=float, default=1.0, help="demo: scenes per single emoji (default: %(default)s)")
+    what.add_argument("--keywords", type=float, default=0.1, help="demo: share of single emoji captioned by keywords (default: %(default)s)")
+    what.add_argument("--mask_probability", type=float, default=0.15, help="share of words hidden; the paper's is 0.4 (default: %(default)s)")
+    what.add_argument("--parallel_text", action=on_off, default=True, help="train on the second stream (default: on)")
+    what.add_argument("--match", action=on_off, default=True, help="the match loss (default: on)")
+    what.add_argument("--condition", action=on_off, default=True, help="predict masked words while looking at the other view (default: on)")
+    what.add_argument("--shared_fusion", action=on_off, default=True, help="one fusion encoder for both streams (default: on)")
+    for name in ("contrast", "match", "mask"):
+        what.add_argument(f"--{name}_weight", type=float, default=1.0, help="weight of this loss (default: %(default)s)")
+    how = parser.add_argument_group("optimizer")
+    how.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+    how.add_argument("--temperature_lr", type=float, default=1e-4, help="peak rate of the temperature (default: %(default)s)")
+    how.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up (default: %(default)s)")
+    how.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's, not on vectors (default: %(default)s)")
+    how.add_argument("--clip", type=float, default=1.0, help="global gradient norm (default: %(default)s)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--preset", default="demo", choices=PRESETS, help="model size (default: %(default)s)")
+    model.add_argument("--init", metavar="CKPT", help="start from this checkpoint's weights and tokenizer")
+    for field in fields(Config):
+        if field.name != "vocabulary":
+            kind = {"action": on_off} if field.type is bool else {"type": field.type}
+            model.add_argument(f"--{field.name}", **kind, help="(default: the preset's)")
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """ValueError on values that cannot work; the model's own checks follow when it is built."""
+    for name in ("steps", "batch", "text_batch", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    for name in ("batch", "text_batch"):
+        if getattr(args, name) % world()[1]:
+            raise ValueError(f"--{name} {getattr(args, name)} is not a multiple of {world()[1]} processes")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Set-up
+# ------------------------------------------------------------------------------------------------------------------
+
+def start_processes():
+    """Joins torchrun's process group where there is one -> device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
+def precision(device):
+    """bf16 where the hardware multiplies it, else fp32 -> (dtype, reason)."""
+    if device.type == "cuda":
+        return torch.bfloat16, "CUDA"
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    for flag in ("amx_bf16", "avx512_bf16"):
+        if flag in flags:
+            return torch.bfloat16, f"the CPU has {flag}"
+    return torch.float32, "this CPU has neither amx_bf16 nor avx512_bf16"
+
+
+def peak_flops(device):
+    """What this device's matrix product reaches in the training precision, measured: 2048^3, best of five -> FLOP/s."""
+    dtype, best = precision(device)[0], float("inf")
+    x = torch.randn(2048, 2048, device=device, dtype=dtype)
+    for _ in range(5):
+        start = time.perf_counter()
+        (x @ x).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048 ** 3 / best
+
+
+class Objective(nn.Module):
+    """Both streams' losses in one forward, so that DDP sees one forward and one backward."""
+
+    def __init__(self, model, args):
+        super().__init__()
+        self.model, self.args = model, args
+        self.weights = {"contrast": args.contrast_weight, "match": args.match_weight if args.match else 0.0, "mask": args.mask_weight}
+        self.text_fusion = None
+        if not args.shared_fusion and args.parallel_text:                    # ablation: a second fusion encoder for text-text
+            self.text_fusion = Fusion(model.config)
+            self.text_fusion.load_state_dict(model.fusion.state_dict())      # the same start for both
+
+    def forward(self, image, pair, seed):
+        """One step's batches (data.Batches) -> {"image": losses, "text": losses, "loss": their sum}."""
+        model, B = self.model, len(image["ids"])
+        batches = [image["b"], image["b"]._replace(words=image["masked"].words)]
+        if pair:
+            batches += [pair["a"], pair["b"], pair["b"]._replace(words=pair["masked"].words)]
+        caption, hidden, *texts = self.encode(batches)
+        picture = model.encode_image(data.normalise(image["images"]), image["ids"])
+        options = {"weights": self.weights, "condition": self.args.condition}
+        losses = {"image": cross_view(model, picture, caption._replace(ids=image["ids"]), hidden.states, image["masked"].rows,
+                                      image["masked"].truth, seed, **options)}
+        if pair:
+            a, b, hidden = texts
+            losses["text"] = cross_view(self.text_model(), a._replace(ids=pair["ids"]), b._replace(ids=pair["ids"]), hidden.states,
+                                        pair["masked"].rows, pair["masked"].truth, seed + 1, **options)
+        return losses | {"loss": sum(stream["loss"] for stream in losses.values())}
+
+    def encode(self, batches):
+        """Several packed batches of sentences in ONE pass through the text encoder: one look-up, one embedding gradient."""
+        words = torch.cat([s.words for s in batches])
+        lengths = torch.cat([s.starts.diff() for s in batches])
+        view = self.model.encode_text(words, running(lengths), lengths)
+        states = view.states.split([len(s.words) for s in batches])
+        vectors = view.vectors.split([len(s.starts) - 1 for s in batches])
+        return [View(x, s.starts, v, None) for x, s, v in zip(states, batches, vectors)]
+
+    def text_model(self):
+        if self.text_fusion is None:
+            return self.model
+        m, fusion = self.model, self.text_fusion
+        return SimpleNamespace(fuse=fusion, itm_head=m.itm_head, mlm_head=m.mlm_head, temperature=m.temperature)
+
+
+def lr_at(step, args):
+    """Share of the peak rate: linear warm-up, then linear to 0 (F4.2)."""
+    return min((step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.steps - args.warmup))
+
+
+def step_flops(objective, images, words, fused, rows, hidden):
+    """FLOPs of the linear layers, forward and backward (attention's own products, a few percent, are left out): 6 per parameter and
+    token it multiplies."""
+    m, size = objective.model, lambda module: sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    last = size(m.fusion.layers[-1])
+    return 6 * (images * (m.config.image_size // m.config.patch_size) ** 2 * size(m.vision) + words * size(m.text.layers)
+                + fused * (size(m.fusion) - last) + rows * last + hidden * m.mlm_head.weight.numel())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------------------------
+
+def save(run, step, args):
+    """All processes call it; the first writes."""
+    rank, W = world()
+    rng = [torch.get_rng_state()]
+    if W > 1:
+        rng = [None] * W
+        dist.all_gather_object(rng, torch.get_rng_state())
+    if rank == 0:
+        extra = {} if run.objective.text_fusion is None else {"text_fusion": run.objective.text_fusion.state_dict()}
+        config = {"model": asdict(run.objective.model.config), "train": vars(args)}
+        write_checkpoint(run.path, {"model": run.objective.model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": step,
+                                    "rng": rng, "config": config, "tokenizer": run.tokenizer.model} | extra, args.keep)
+
+
+def compare(args, saved, path):
+    """Policy 2: ValueError that names the first setting that differs from the checkpoint's."""
+    for name, value in vars(args).items():
+        if name not in FREE and saved.get(name) != value:
+            raise ValueError(f"{path} was trained with --{name} {saved.get(name)}, not {value}: repeat that setting, choose "
+                             f"another --out, or start over with --fresh")
+
+
+class Log:
+    """out/log.csv: a row per step, written through at once, cut back to `step` on resume (policy 3). Only rank 0 writes."""
+    COLUMNS = ["step", "lr", "loss", *(f"{s}_{n}" for s in ("image", "text") for n in ("contrast", "match", "mask")), "temperature",
+               *(f"norm_{t}" for t in ("all", "vision", "text", "fusion", "heads")), "skipped", "cut",
+               "seconds", "images_per_s", "sentences_per_s", "utilisation", "memory_mb"]      # timing and memory last: not bitwise
+
+    def __init__(self, path, step):
+        self.path, rows = path, []
+        if path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
+        self.file = open(path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+        self.file.flush()
+
+    def write(self, row):
+        self.writer.writerow(row)
+        self.file.flush()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One step
+# ------------------------------------------------------------------------------------------------------------------
+
+def to_device(batch, device):
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, list):
+        return [to_device(x, device) for x in batch]
+    return batch if batch is None else type(batch)(*(to_device(x, device) for x in batch))       # Sentences, Masked
+
+
+def tower_norms(objective):
+    """Gradient norms {"all", "vision", "text", "fusion", "heads"}; never under 0, nan where a gradient is."""
+    towers = {"vision": [], "text": [], "fusion": [], "heads": []}
+    for name, p in objective.named_parameters():
+        part = name.removeprefix("model.").split(".")[0]
+        towers[{"text_fusion": "fusion"}.get(part, part) if part in (*towers, "text_fusion") else "heads"].append(p.grad)
+    norms = {name: nn.utils.get_total_norm(grads) for name, grads in towers.items()}
+    return {"all": torch.stack(list(norms.values())).norm()} | norms
+
+
+def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopping):
+    """Forward, backward, update -> (row of numbers for the log, was it skipped, shall we stop). Every process decides the same."""
+    image, pair = batch
+    factor = lr_at(step, args)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    with torch.no_grad():
+        objective.model.temperature.clamp_(0.001, 0.5)
+    with autocast:
+        losses = wrapped(image, pair, seed=(args.seed * 1_000_003 + step) * 2)
+    optimizer.zero_grad()
+    losses["loss"].backward()
+    norms = tower_norms(objective)
+    flags = torch.stack([(~torch.isfinite(losses["loss"]) | ~torch.isfinite(norms["all"])).float(),
+                         torch.tensor(float(stopping), device=norms["all"].device)])
+    skipped, stop = total(flags, "MAX").tolist()
+    if not skipped:
+        nn.utils.clip_grads_with_norm_(objective.parameters(), args.clip, norms["all"])
+        optimizer.step()
+    names = [(s, n) for s in ("image", "text") if s in losses for n in ("contrast", "match", "mask")]
+    values = total(torch.stack([losses["loss"]] + [losses[s][n] for s, n in names])) / world()[1]
+    row = {"step": step + 1, "lr": args.lr * factor, "loss": values[0].item(), "temperature": objective.model.temperature.item(),
+           **{f"{s}_{n}": v for (s, n), v in zip(names, values[1:].tolist())},
+           **{f"norm_{k}": v.item() for k, v in norms.items()}}
+    return row, bool(skipped), bool(stop)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------------------------
+
+def say(text):
+    if world()[0] == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def prepare(args, device):
+    """Everything a run needs, new or from a checkpoint -> SimpleNamespace(objective, optimizer, tokenizer, step, batches)."""
+    out, (rank, W) = pathlib.Path(args.out), world()
+    path = out / "ckpt.pt"
+    state = read_checkpoint(path) if path.exists() and not args.fresh else None
+    if state:
+        compare(args, state["config"]["train"], path)
+    first = state or (read_checkpoint(args.init) if args.init else None)
+    tokenizer = data.Tokenizer(first["tokenizer"]) if first else data.demo_tokenizer()
+    torch.manual_seed(args.seed)
+    changes = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name, None) is not None}
+    model = CCLM(build(args.preset, **changes | {"vocabulary": tokenizer.size}))
+    if first:
+        load_weights(model, first["model"], path if state else args.init)
+    objective = Objective(model, args).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(objective, args.lr, args.weight_decay, temperature_lr=args.temperature_lr),
+                                  betas=(0.9, 0.98), fused=True)             # F4.1
+    torch.manual_seed(args.seed * 1_000_003 + rank)                          # dropout differs between processes
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        if objective.text_fusion is not None:
+            objective.text_fusion.load_state_dict(state["text_fusion"])
+        if len(state["rng"]) == W:
+            torch.set_rng_state(state["rng"][rank])
+    if args.compile:
+        for part in (model.vision, model.text, model.fusion):
+            part.compile(dynamic=True)
+    images = data.DemoImages(scenes=args.scenes, keywords=args.keywords)
+    parallel = data.DemoParallel(scenes=args.scenes) if args.parallel_text else None
+    batches = data.Batches(tokenizer, images, parallel, args.batch, args.text_batch, args.seed, rank, W,
+                           mask_probability=args.mask_probability)
+    return SimpleNamespace(objective=objective, optimizer=optimizer, tokenizer=tokenizer, batches=batches,
+                           step=state["step"] if state else 0, path=path)
+
+
+def train(args, device, run):
+    """The loop, from run.step to the end (or --stop_after, or SIGTERM) -> the last step done."""
+    last = min(args.steps, args.stop_after or args.steps)
+    if run.step >= last:
+        return run.step
+    W, objective, step = world()[1], run.objective, run.step
+    wrapped = nn.parallel.DistributedDataParallel(objective) if W > 1 else objective
+    dtype, reason = precision(device)
+    peak = peak_flops(device)
+    say(f"{sum(p.numel() for p in objective.parameters()):,} parameters, vocabulary {run.tokenizer.size:,}, {W} process(es), {device}, "
+        f"{torch.get_num_threads()} threads, {dtype} because {reason}, matrix products reach {peak / 1e9:.0f} GFLOP/s")
+    log = Log(pathlib.Path(args.out) / "log.csv", step) if world()[0] == 0 else None
+    stopping = []
+    before = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    loader = torch.utils.data.DataLoader(run.batches, batch_size=None, sampler=range(step, last), num_workers=args.workers,
+                                         prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda")
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    bar = tqdm(total=args.steps, initial=step, disable=world()[0] > 0 or not sys.stderr.isatty(), unit="step")
+    objective.train()
+    skipped, in_a_row, clock = 0, 0, time.perf_counter()
+    for batch in loader:
+        batch = to_device(batch, device)
+        row, skip, stop = train_step(wrapped, objective, run.optimizer, batch, step, args, autocast, bool(stopping))
+        step, skipped, in_a_row = step + 1, skipped + skip, in_a_row + 1 if skip else 0
+        now = time.perf_counter()
+        row |= {"skipped": skipped} | speed(objective, batch, now - clock, peak)
+        clock = now
+        if log:
+            log.write(row)
+        if step % args.log_every == 0 or step == last or skip:
+            say(line(row, args, math.log(run.tokenizer.size)))
+        bar.update()
+        if in_a_row == 10:
+            raise ValueError(f"loss or gradient was not finite in steps {step - 9} to {step}: lower --lr; the last batch held "
+                             f"{run.tokenizer.words(batch[0]['b'].words[:20])} ...")
+        if step % args.save_every == 0 or step == last or stop:
+            save(run, step, args)
+        if stop:
+            say(f"SIGTERM: saved {run.path} at step {step}; the same command continues")
+            break
+    signal.signal(signal.SIGTERM, before)
+    bar.close()
+    return step
+
+
+def speed(objective, batch, seconds, peak):
+    """Throughput of one step on all processes, and the share of the measured matrix-product speed that it used."""
+    image, pair = batch
+    words = sum(len(s.words) for s in (image["b"], image["masked"]))
+    fused, rows, hidden = 4 * len(image["b"].words), 3 * len(image["ids"]) + len(image["masked"].rows), len(image["masked"].rows)
+    if pair:
+        words += sum(len(s.words) for s in (pair["a"], pair["b"], pair["masked"]))
+        fused, rows = fused + 4 * len(pair["b"].words), rows + 3 * len(pair["ids"]) + len(pair["masked"].rows)
+        hidden += len(pair["masked"].rows)
+    flops = step_flops(objective, len(image["ids"]), words, fused, rows, hidden)
+    sentences = world()[1] * len(pair["ids"]) if pair else 0
+    memory = (torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if platform.system() == "Darwin" else 2 ** 10))
+    return {"seconds": f"{seconds:.4f}", "images_per_s": f"{world()[1] * len(image['ids']) / seconds:.1f}",
+            "sentences_per_s": f"{sentences / seconds:.1f}", "utilisation": f"{flops / seconds / peak:.3f}", "memory_mb": f"{memory:.0f}"}
+
+
+def line(row, args, blind):
+    """One printed line; each loss beside its know-nothing value."""
+    streams = [f"{s}: contrast {row[s + '_contrast']:.2f}/{math.log(n):.2f} match {row[s + '_match']:.3f}/0.637 mask "
+               f"{row[s + '_mask']:.2f}/{blind:.2f}" for s, n in (("image", args.batch), ("text", args.text_batch))
+               if s + "_contrast" in row]
+    return (f"step {row['step']:5}/{args.steps} | {' | '.join(streams)} | gradient {row['norm_all']:.2f} | {float(row['images_per_s']):.0f} "
+            f"images/s {float(row['sentences_per_s']):.0f} pairs/s, {100 * float(row['utilisation']):.0f} % of peak, {row['memory_mb']} MB")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One example through every station
+# ------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def explain(device, run):
+    """Prints one image-caption pair among the first batch: what it becomes, with real numbers."""
+    model, words = run.objective.model.eval(), run.tokenizer.words
+    image, pair = to_device(run.batches[0], device)
+    s, masked, m = image["b"], image["masked"], image["masked"].rows
+    end, hidden = s.starts[1], image["masked"].rows < image["b"].starts[1]
+    say(f"a batch         {len(image['ids'])} images {tuple(image['images'].shape)} uint8 and their captions: {len(s.words)} words in one "
+        f"row, no padding\ncaption 0       {' '.join(words(s.words[:end]))}\n  as numbers    {s.words[:end].tolist()}, rows 0 to {end - 1}\n"
+        f"  some hidden   {' '.join(words(masked.words[:end]))}, hidden rows {m[hidden].tolist()}")
+    a = model.encode_image(data.normalise(image["images"]), image["ids"])
+    b, blind = (model.encode_text(w, s.starts, image["ids"]) for w in (s.words, masked.words))
+    say(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} and one unit vector of {a.vectors.shape[1]}\n"
+        f"view b          caption 0: {end} states and one unit vector; their cosine is {a.vectors[0] @ b.vectors[0]:.3f}")
+    logits = a.vectors @ b.vectors.T / model.temperature
+    rank = 1 + int((logits[0] > logits[0, 0]).sum())
+    say(f"contrast        cosine / temperature {model.temperature.item():.3f} against all {len(logits)} captions: the true one comes {rank}. of "
+        f"{len(logits)}, its probability is {logits[0].softmax(0)[0]:.4f}")
+    loss, wrong = contrast(a, b, model.temperature, seed=0)
+    j = int(wrong[1][0])
+    say(f"hard negative   drawn for image 0: caption {j}, {' '.join(words(s.words[s.starts[j]:s.starts[j + 1]]))}")
+    pairs, blanks = fuse_pairs(model, a, b, blind.states, m, wrong)
+    sure = model.itm_head(pairs).softmax(-1)[:, 1].view(3, -1)
+    say(f"fusion          {4 * len(logits)} query sequences over {len(logits)} images; read: {len(pairs)} first words and {len(blanks)} hidden "
+        f"ones\nmatch           probability of belonging together: image 0 with caption 0 {sure[0, 0]:.3f}, with caption {j} {sure[2, 0]:.3f}")
+    guesses = nn.functional.linear(model.mlm_head(blanks), model.mlm_head.weight, model.mlm_head.bias).softmax(-1)
+    for row, guess in zip(m[hidden].tolist(), guesses):
+        best = guess.topk(3)
+        say(f"mask            row {row} was {words(s.words[row:row + 1])[0]} (probability {guess[s.words[row]]:.4f}); best guesses "
+            + ", ".join(f"{w} {p:.3f}" for w, p in zip(words(best.indices), best.values.tolist())))
+    losses = run.objective(image, pair, seed=0)
+    for stream in ("image", "text") if pair else ("image",):
+        say(f"losses, {stream:7} " + ", ".join(f"{n} {losses[stream][n]:.3f}" for n in ("contrast", "match", "mask")))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Start to finish
+# ------------------------------------------------------------------------------------------------------------------
+
+def finish(args, device, run, step):
+    """Evaluation of a finished run on the demo's test sets -> out/results.json and the table; rank 0 works, the others wait."""
+    if step == args.steps and args.eval and world()[0] == 0:
+        say("evaluating on the test sets ...")
+        report = evaluate.demo_report(run.objective.model, run.tokenizer, device, progress=sys.stderr.isatty())
+        pathlib.Path(args.out, "results.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        evaluate.print_table(report)
+        say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: python evaluate.py search --ckpt {args.out}/ckpt.pt --images DIR "
+            f'"a dog"')
+
+
+def main(argv=None):
+    """-> exit status: 0, or 2 after one line about what was wrong with the input."""
+    args = settings(argv)
+    try:
+        device = start_processes()
+        check(args)
+        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+        run = prepare(args, device)
+        if args.explain:
+            explain(device, run)
+        else:
+            finish(args, device, run, train(args, device, run))
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
