@@ -28,6 +28,7 @@ from tqdm import tqdm
 import data
 from demo import emoji
 from kernels.attention import running, take
+from losses import contrast, cross_view, fuse_pairs
 from model import View
 from weights import load_model
 
@@ -217,6 +218,42 @@ def print_table(report):
     print("\nimage: a caption asks for its image; text: an image asks for its caption; means over a group's languages."
           "\nre-ranked: R@1 after the match head. new names: R@1 of captions that no other training language shares."
           "\ntrue>false: how often the true caption beats one with a thing swapped, by the match head and by cosine.")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One example through every station
+# ------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def explain(model, tokenizer, image):
+    """Prints what the first pair of an image-text batch (data.Batches) becomes, with real numbers and shapes."""
+    words, s, masked, m = tokenizer.words, image["b"], image["masked"], image["masked"].rows
+    end, hidden = s.starts[1], image["masked"].rows < image["b"].starts[1]
+    print(f"a batch         {len(image['ids'])} images {tuple(image['images'].shape)} uint8 and their captions: {len(s.words)} words in one "
+        f"row, no padding\ncaption 0       {' '.join(words(s.words[:end]))}\n  as numbers    {s.words[:end].tolist()}, rows 0 to {end - 1}\n"
+        f"  some hidden   {' '.join(words(masked.words[:end]))}, hidden rows {m[hidden].tolist()}")
+    a = model.encode_image(data.normalise(image["images"]), image["ids"])
+    b, blind = (model.encode_text(w, s.starts, image["ids"]) for w in (s.words, masked.words))
+    print(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} and one unit vector of {a.vectors.shape[1]}\n"
+        f"view b          caption 0: {end} states and one unit vector; their cosine is {a.vectors[0] @ b.vectors[0]:.3f}")
+    logits = a.vectors @ b.vectors.T / model.temperature
+    rank = 1 + int((logits[0] > logits[0, 0]).sum())
+    print(f"contrast        cosine / temperature {model.temperature.item():.3f} against all {len(logits)} captions: the true one comes {rank}. of "
+        f"{len(logits)}, its probability is {logits[0].softmax(0)[0]:.4f}")
+    _, wrong = contrast(a, b, model.temperature, seed=0)
+    j = int(wrong[1][0])
+    print(f"hard negative   drawn for image 0: caption {j}, {' '.join(words(s.words[s.starts[j]:s.starts[j + 1]]))}")
+    pairs, blanks = fuse_pairs(model, a, b, blind.states, m, wrong)
+    sure = model.itm_head(pairs).softmax(-1)[:, 1].view(3, -1)
+    print(f"fusion          {4 * len(logits)} query sequences over {len(logits)} images; read: {len(pairs)} first words and {len(blanks)} hidden "
+        f"ones\nmatch           probability of belonging together: image 0 with caption 0 {sure[0, 0]:.3f}, with caption {j} {sure[2, 0]:.3f}")
+    guesses = torch.nn.functional.linear(model.mlm_head(blanks), model.mlm_head.weight, model.mlm_head.bias).softmax(-1)
+    for row, guess in zip(m[hidden].tolist(), guesses):
+        best = guess.topk(3)
+        print(f"mask            row {row} was {words(s.words[row:row + 1])[0]} (probability {guess[s.words[row]]:.4f}); best guesses "
+            + ", ".join(f"{w} {p:.3f}" for w, p in zip(words(best.indices), best.values.tolist())))
+    got = cross_view(model, a, b, blind.states, m, masked.truth, seed=0)
+    print("losses          " + ", ".join(f"{name} {got[name].item():.3f}" for name in ("contrast", "match", "mask")))
 
 
 # ------------------------------------------------------------------------------------------------------------------

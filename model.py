@@ -13,7 +13,7 @@ starts[i]..starts[i+1]; only kernels/attention.py knows about sequences, so ther
 Letters: B sequences, T tokens in the packed batch, P patches + 1, R rows asked of the last fusion layer, M masked tokens,
 D width, E embedding, H heads, V vocabulary.
 
-    python model.py         parameters of every preset, and one forward pass of the demo model
+    python model.py         parameters of every preset
 """
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import Gather, attention, running, take
 
@@ -40,7 +41,7 @@ class Config:
     vision: str = "vit"                 # "vit" (ViT, DeiT), "clip" or "beit2"
     image_size: int = 64                # pixels, square
     patch_size: int = 16
-    stem: bool = False                  # 3x3 stride-2 convolutions instead of one patch-wide one (arXiv 2106.14881)
+    stem: bool = False                  # a few small convolutions instead of one patch-wide one (arXiv 2106.14881)
     vision_layers: int = 4
     vision_heads: int = 2
     vision_hidden: int = 512
@@ -141,6 +142,14 @@ class MLP(nn.Module):
         return self.down(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
 
 
+def run(layer, *inputs):
+    """layer(*inputs). With layer.checkpointing (train.py --checkpointing) its activations are computed again in the backward
+    pass instead of kept."""
+    if getattr(layer, "checkpointing", False) and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Vision: pre-norm
 # ------------------------------------------------------------------------------------------------------------------
@@ -162,7 +171,7 @@ class VisionLayer(nn.Module):
 
 
 class ViT(nn.Module):
-    """(B, 3, pixels, pixels) -> states (B * P, D) and starts. Row 0 of each image stands for the whole image."""
+    """(B, 3, pixels, pixels) -> states (B * P, D). Row 0 of each image stands for the whole image."""
 
     def __init__(self, c):
         super().__init__()
@@ -189,12 +198,12 @@ class ViT(nn.Module):
         starts = torch.arange(0, B * P + 1, P, dtype=torch.int32, device=images.device)
         x = self.pre_norm(x.reshape(-1, D))                                  # (B, P, D) -> (B * P, D)
         for layer in self.layers:
-            x = layer(x, starts)
+            x = run(layer, x, starts)
         x = self.norm(x)
         if self.config.vision == "beit2":                                    # row 0 = mean of the normalised patches (F1.5)
             x = x.view(B, P, D)
             x = torch.cat([x[:, 1:].mean(1, keepdim=True), x[:, 1:]], 1).view(-1, D)
-        return x, starts
+        return x
 
 
 def conv_stem(width, patch):
@@ -252,7 +261,7 @@ class TextEncoder(nn.Module):
         x = self.words(words) + self.positions(place + self.offset) + self.kind
         x = self.dropout(self.norm(x))
         for layer in self.layers:
-            x = layer(x, starts)
+            x = run(layer, x, starts)
         return x
 
 
@@ -277,7 +286,7 @@ class Fusion(nn.Module):
             pick, q_starts = where, full                                     # rows of y that ask
             if rows is not None and i == len(self.layers) - 1:
                 pick, q_starts = where[rows], torch.searchsorted(rows, full.long()).int()
-            x = layer(y.index_select(0, pick), q_starts, y, y_starts, sources, context, context_starts, memory)
+            x = run(layer, y.index_select(0, pick), q_starts, y, y_starts, sources, context, context_starts, memory)
             where, y, y_starts, sources = torch.arange(len(x), device=x.device), x, full, None
         return x
 
@@ -300,7 +309,11 @@ class WordHead(nn.Module):
 # ------------------------------------------------------------------------------------------------------------------
 
 class CCLM(nn.Module):
-    """encode_image, encode_text, fuse: three verbs, and the parameters the losses need (temperature, itm_head, mlm_head)."""
+    """encode_image, encode_text, fuse: three verbs, and the parameters the losses need (temperature, itm_head, mlm_head).
+
+    `chunk` (train.py --chunk) is a gradient cache: the verbs work on that many sequences at a time and recompute each chunk in
+    the backward pass, so a small GPU gets the exact gradients of all three losses over a big batch."""
+    chunk = None
 
     def __init__(self, config):
         super().__init__()
@@ -315,12 +328,14 @@ class CCLM(nn.Module):
 
     def encode_image(self, images, ids):
         """images (B, 3, pixels, pixels) float, normalised; ids (B,) -> View."""
-        states, starts = self.vision(images)                                 # (B * P, D), (B+1,)
+        states = self.in_chunks(self.vision, len(images), lambda i, j: (images[i:j],))        # (B * P, D)
+        starts = torch.arange(0, len(states) + 1, len(states) // len(images), dtype=torch.int32, device=images.device)
         return View(states, starts, self.vector(self.vision_proj, states, starts), ids)
 
     def encode_text(self, words, starts, ids):
         """words (T,) int64, starts (B+1,) int32, ids (B,) -> View."""
-        states = self.text(words, starts)                                    # (T, D)
+        states = self.in_chunks(self.text, len(starts) - 1, lambda i, j: (
+            words[starts[i]:starts[j]], starts[i:j + 1] - starts[i]))        # (T, D)
         return View(states, starts, self.vector(self.text_proj, states, starts), ids)
 
     def vector(self, project, states, starts):
@@ -330,9 +345,22 @@ class CCLM(nn.Module):
             pooled = Gather.apply(states, starts[:-1].long())
         return F.normalize(wide(project(pooled)), dim=-1)                    # (B, E)
 
-    def fuse(self, *args, **options):
+    def fuse(self, x, starts, context, context_starts, memory=None, rows=None, sources=None, fusion=None):
         """Text states x (T, D) that look at a view's states (S, D) -> (T', D), or (R, D): see Fusion.forward."""
-        return self.fusion(*args, **options)
+        fusion = fusion or self.fusion
+        if not self.chunk:
+            return fusion(x, starts, context, context_starts, memory, rows, sources)
+        asked = running(starts.diff()[sources]).long()                       # (Q+1,) starts of the query sequences
+        cut = torch.searchsorted(rows, asked)                                # (Q+1,) and of their rows
+        return self.in_chunks(fusion, len(sources), lambda i, j: (x, starts, context, context_starts, memory[i:j],
+                                                                  rows[cut[i]:cut[j]] - asked[i], sources[i:j]))
+
+    def in_chunks(self, function, count, part):
+        """function(*part(0, count)), or the same `chunk` sequences at a time."""
+        if not self.chunk:
+            return function(*part(0, count))
+        return torch.cat([checkpoint(function, *part(i, min(i + self.chunk, count)), use_reentrant=False)
+                          for i in range(0, count, self.chunk)])
 
 
 def init_weights(model):
@@ -384,8 +412,3 @@ if __name__ == "__main__":
         with torch.device("meta"):
             model = CCLM(config)
         print(f"{name:6} {sum(p.numel() for p in model.parameters()):13,} parameters")
-    model = CCLM(PRESETS["demo"])
-    image = model.encode_image(torch.randn(2, 3, 64, 64), torch.arange(2))
-    text = model.encode_text(torch.randint(4, 8000, (9,)), torch.tensor([0, 4, 9], dtype=torch.int32), torch.arange(2))
-    fused = model.fuse(text.states, text.starts, image.states, image.starts)
-    print("image states", tuple(image.states.shape), "text states", tuple(text.states.shape), "fused", tuple(fused.shape))

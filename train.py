@@ -20,6 +20,7 @@ Letters: B examples per process, W processes, N = W*B per step, V vocabulary.
 """
 import argparse
 import csv
+import functools
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from tqdm import tqdm
 import data
 import evaluate
 from kernels.attention import running
-from losses import contrast, cross_view, fuse_pairs, total, world
+from losses import cross_view, total, world
 from model import CCLM, PRESETS, Config, Fusion, View, build, parameter_groups
 from weights import load_weights, read_checkpoint, write_checkpoint
 
@@ -67,6 +68,8 @@ def settings(argv=None):
     run.add_argument("--eval", action=on_off, default=True, help="evaluate on the demo's test sets at the end (default: on)")
     run.add_argument("--explain", action="store_true", help="show one example at every station and exit")
     run.add_argument("--workers", type=int, default=1, help="processes per process that prepare batches; 0: none (default: %(default)s)")
+    run.add_argument("--checkpointing", action="store_true", help="keep no activations inside layers: slower, less memory")
+    run.add_argument("--chunk", type=int, metavar="N", help="gradient cache: N sequences at a time, exact gradients of the whole batch")
     run.add_argument("--compile", action="store_true", help="torch.compile the two encoders and the fusion encoder")
     what = parser.add_argument_group("data and losses")
     what.add_argument("--data", default="demo", choices=["demo"], help="the built-in emoji (default: %(default)s)")
@@ -137,7 +140,7 @@ def precision(device):
 def peak_flops(device):
     """What this device's matrix product reaches in the training precision, measured: 2048^3, best of five -> FLOP/s."""
     dtype, best = precision(device)[0], float("inf")
-    x = torch.randn(2048, 2048, device=device, dtype=dtype)
+    x = torch.ones(2048, 2048, device=device, dtype=dtype)                   # random numbers would move dropout's generator
     for _ in range(5):
         start = time.perf_counter()
         (x @ x).sum().item()
@@ -186,8 +189,9 @@ class Objective(nn.Module):
     def text_model(self):
         if self.text_fusion is None:
             return self.model
-        m, fusion = self.model, self.text_fusion
-        return SimpleNamespace(fuse=fusion, itm_head=m.itm_head, mlm_head=m.mlm_head, temperature=m.temperature)
+        m = self.model
+        return SimpleNamespace(fuse=functools.partial(m.fuse, fusion=self.text_fusion), itm_head=m.itm_head, mlm_head=m.mlm_head,
+                               temperature=m.temperature)
 
 
 def lr_at(step, args):
@@ -337,6 +341,9 @@ def prepare(args, device):
             objective.text_fusion.load_state_dict(state["text_fusion"])
         if len(state["rng"]) == W:
             torch.set_rng_state(state["rng"][rank])
+    model.chunk = args.chunk
+    for layer in (*model.vision.layers, *model.text.layers, *model.fusion.layers):
+        layer.checkpointing = args.checkpointing
     if args.compile:
         for part in (model.vision, model.text, model.fusion):
             part.compile(dynamic=True)
@@ -346,6 +353,11 @@ def prepare(args, device):
                            mask_probability=args.mask_probability)
     return SimpleNamespace(objective=objective, optimizer=optimizer, tokenizer=tokenizer, batches=batches,
                            step=state["step"] if state else 0, path=path)
+
+
+def outlive_sigterm(worker):
+    """A SIGTERM to the process group is for us: workers stay until the loop has saved and ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def train(args, device, run):
@@ -363,7 +375,9 @@ def train(args, device, run):
     stopping = []
     before = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     loader = torch.utils.data.DataLoader(run.batches, batch_size=None, sampler=range(step, last), num_workers=args.workers,
-                                         prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda")
+                                         prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda",
+                                         generator=torch.Generator(),        # else it would draw from dropout's
+                                         worker_init_fn=outlive_sigterm)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     bar = tqdm(total=args.steps, initial=step, disable=world()[0] > 0 or not sys.stderr.isatty(), unit="step")
     objective.train()
@@ -420,45 +434,6 @@ def line(row, args, blind):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# One example through every station
-# ------------------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def explain(device, run):
-    """Prints one image-caption pair among the first batch: what it becomes, with real numbers."""
-    model, words = run.objective.model.eval(), run.tokenizer.words
-    image, pair = to_device(run.batches[0], device)
-    s, masked, m = image["b"], image["masked"], image["masked"].rows
-    end, hidden = s.starts[1], image["masked"].rows < image["b"].starts[1]
-    say(f"a batch         {len(image['ids'])} images {tuple(image['images'].shape)} uint8 and their captions: {len(s.words)} words in one "
-        f"row, no padding\ncaption 0       {' '.join(words(s.words[:end]))}\n  as numbers    {s.words[:end].tolist()}, rows 0 to {end - 1}\n"
-        f"  some hidden   {' '.join(words(masked.words[:end]))}, hidden rows {m[hidden].tolist()}")
-    a = model.encode_image(data.normalise(image["images"]), image["ids"])
-    b, blind = (model.encode_text(w, s.starts, image["ids"]) for w in (s.words, masked.words))
-    say(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} and one unit vector of {a.vectors.shape[1]}\n"
-        f"view b          caption 0: {end} states and one unit vector; their cosine is {a.vectors[0] @ b.vectors[0]:.3f}")
-    logits = a.vectors @ b.vectors.T / model.temperature
-    rank = 1 + int((logits[0] > logits[0, 0]).sum())
-    say(f"contrast        cosine / temperature {model.temperature.item():.3f} against all {len(logits)} captions: the true one comes {rank}. of "
-        f"{len(logits)}, its probability is {logits[0].softmax(0)[0]:.4f}")
-    loss, wrong = contrast(a, b, model.temperature, seed=0)
-    j = int(wrong[1][0])
-    say(f"hard negative   drawn for image 0: caption {j}, {' '.join(words(s.words[s.starts[j]:s.starts[j + 1]]))}")
-    pairs, blanks = fuse_pairs(model, a, b, blind.states, m, wrong)
-    sure = model.itm_head(pairs).softmax(-1)[:, 1].view(3, -1)
-    say(f"fusion          {4 * len(logits)} query sequences over {len(logits)} images; read: {len(pairs)} first words and {len(blanks)} hidden "
-        f"ones\nmatch           probability of belonging together: image 0 with caption 0 {sure[0, 0]:.3f}, with caption {j} {sure[2, 0]:.3f}")
-    guesses = nn.functional.linear(model.mlm_head(blanks), model.mlm_head.weight, model.mlm_head.bias).softmax(-1)
-    for row, guess in zip(m[hidden].tolist(), guesses):
-        best = guess.topk(3)
-        say(f"mask            row {row} was {words(s.words[row:row + 1])[0]} (probability {guess[s.words[row]]:.4f}); best guesses "
-            + ", ".join(f"{w} {p:.3f}" for w, p in zip(words(best.indices), best.values.tolist())))
-    losses = run.objective(image, pair, seed=0)
-    for stream in ("image", "text") if pair else ("image",):
-        say(f"losses, {stream:7} " + ", ".join(f"{n} {losses[stream][n]:.3f}" for n in ("contrast", "match", "mask")))
-
-
-# ------------------------------------------------------------------------------------------------------------------
 # Start to finish
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -482,7 +457,8 @@ def main(argv=None):
         pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
         run = prepare(args, device)
         if args.explain:
-            explain(device, run)
+            image = to_device(run.batches[0][0], device)
+            evaluate.explain(run.objective.model.eval(), run.tokenizer, image)
         else:
             finish(args, device, run, train(args, device, run))
     except (ValueError, OSError) as error:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import interpreting, load_triton, precision
+from kernels import interpreting, load_triton, precision   # load_triton also brings tl, load_rows and narrow
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -183,11 +183,11 @@ def dbias_kernel(q, k, v, bias, gradient, lse, delta, dbias, starts, B, T, q_row
 # Launching
 # ------------------------------------------------------------------------------------------------------------------
 
-TILES = {       # (16-bit, wider than 64): {kernel: (QUERIES, KEYS, warps)}; none spills a register on sm_80 or sm_90
-    (True, False): dict(forward=(64, 64, 4), dq=(64, 64, 4), dkv=(32, 64, 4), dbias=(64, 64, 4)),
-    (True, True): dict(forward=(64, 32, 4), dq=(64, 32, 4), dkv=(32, 64, 8), dbias=(64, 32, 4)),
-    (False, False): dict(forward=(32, 32, 4), dq=(32, 32, 4), dkv=(16, 32, 4), dbias=(16, 32, 4)),
-    (False, True): dict(forward=(16, 32, 4), dq=(16, 32, 4), dkv=(16, 16, 4), dbias=(16, 16, 4)),
+TILES = {       # (16-bit, wider than 64): {kernel: (QUERIES, KEYS, warps, stages)}; none spills on sm_80 or sm_90
+    (True, False): dict(forward=(64, 64, 4, 2), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2), dbias=(64, 64, 4, 2)),
+    (True, True): dict(forward=(64, 32, 4, 2), dq=(64, 32, 4, 2), dkv=(16, 64, 4, 2), dbias=(64, 32, 4, 2)),
+    (False, False): dict(forward=(32, 32, 4, 2), dq=(32, 32, 4, 2), dkv=(16, 32, 4, 2), dbias=(16, 32, 4, 2)),
+    (False, True): dict(forward=(16, 16, 4, 2), dq=(16, 32, 4, 2), dkv=(16, 16, 4, 2), dbias=(16, 32, 8, 1)),
 }
 
 
@@ -196,8 +196,8 @@ def tiles(kernel: str, dtype, width: int) -> dict:
     128 queries, faster on long sequences, would be nine tenths empty here."""
     if interpreting():
         return dict(QUERIES=128, KEYS=128)                                                 # fewest NumPy calls
-    queries, keys, warps = TILES[dtype.itemsize == 2, width > 64][kernel]
-    return dict(QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=2)
+    queries, keys, warps, stages = TILES[dtype.itemsize == 2, width > 64][kernel]
+    return dict(QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
 
 
 @functools.cache

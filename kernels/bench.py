@@ -59,18 +59,28 @@ def print_errors(device: str, quick: bool):
 # CPU: tiles against the naive matrix
 # ------------------------------------------------------------------------------------------------------------------
 
+def resident() -> int:
+    """Bytes of memory this process holds now (on Linux; elsewhere the most it ever held)."""
+    if os.path.exists("/proc/self/statm"):
+        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    return peak()
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def one_contrast(kind: str, N: int, E: int = 256) -> dict:
-    """Forward and backward once, in this process: seconds, bytes of peak memory it added, and a number to compare."""
-    a, b, t, ids, all_ids, _ = random_contrast(0, N, N, 0, 0.07, torch.float32, E=E)
+    """Forward and backward once, in this process: seconds, bytes its peak lies above the start, numbers to compare."""
     warm = random_contrast(0, 64, 64, 0, 0.07, torch.float32, E=E)
     contrast_loss(*contrastive(*warm, None)[:3], 64).backward()
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    a, b, t, ids, all_ids, _ = random_contrast(0, N, N, 0, 0.07, torch.float32, E=E)
     run = contrastive_strip if kind == "naive" else lambda *x: contrastive(*x, None)[:3]
+    before, start = resident(), time.perf_counter()
     contrast_loss(*run(a, b, t, ids, all_ids, 0), N).backward()
     seconds = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024                                     # ru_maxrss: bytes or KiB
-    return dict(seconds=seconds, bytes=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit,
-                gradient=a.grad.norm().item(), checksum=(b.grad * torch.arange(E)).sum().item(), dt=t.grad.item())
+    return dict(seconds=seconds, bytes=peak() - before, gradient=a.grad.norm().item(),
+                checksum=(b.grad * torch.arange(E)).sum().item(), dt=t.grad.item())
 
 
 def contrastive_strip(a, b, t, a_ids, b_ids, first_row):

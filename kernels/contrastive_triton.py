@@ -19,7 +19,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from kernels import amd, interpreting, load_triton, precision
+from kernels import amd, interpreting, load_triton, precision   # load_triton also brings tl, load_rows and narrow
 
 ROWS_PER_LAUNCH = 8192          # bounds the columns' partial results: 8192 / ROWS x N numbers, not B / ROWS x N
 PROGRAMS = 264                  # two for each of an H100's 132 multiprocessors: few rows are split over their columns
@@ -141,11 +141,11 @@ def tiles(kernel: str, dtype) -> dict:
         return dict(ROWS=128, COLUMNS=128)                                             # fewest NumPy calls
     if kernel == "draw":
         return dict(ROWS=32, COLUMNS=32, num_warps=4, num_stages=1)
+    if amd():
+        return dict(ROWS=16 if dtype == torch.float32 else 64, COLUMNS=32, num_warps=4, num_stages=2)
     if dtype == torch.float32:
         return dict(ROWS=32, COLUMNS=32, num_warps=8, num_stages=2)
-    if kernel == "gradient":
-        return dict(ROWS=64, COLUMNS=32 if amd() else 64, num_warps=4 if amd() else 8, num_stages=2)
-    return dict(ROWS=64, COLUMNS=64, num_warps=4, num_stages=2)
+    return dict(ROWS=64, COLUMNS=64, num_warps=8 if kernel == "gradient" else 4, num_stages=2)
 
 
 @functools.cache

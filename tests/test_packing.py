@@ -127,3 +127,24 @@ def test_sixteen_bit_attention_is_close_to_double():
 def test_a_training_batch_has_no_padding(tokenizer):
     batch = data.Batches(tokenizer, data.DemoImages(), None, 8, 8, seed=0)[0][0]
     assert not (batch["b"].words == data.PAD).any() and len(batch["b"].words) == batch["b"].starts[-1]
+
+
+def test_gradient_cache_and_checkpointing_are_exact_and_keep_less():
+    """--chunk and --checkpointing: the same gradients, and fewer bytes kept for the backward pass."""
+    def gradients(chunk, checkpointing):
+        model, kept = make(), {}
+        model.chunk = chunk
+        for layer in (*model.vision.layers, *model.text.layers, *model.fusion.layers):
+            layer.checkpointing = checkpointing
+        images, words, starts, masked, rows, ids = example(model)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.__setitem__(x.data_ptr(), x.nbytes) or x, lambda x: x):
+            a = model.encode_image(images, ids)
+            got = packed_losses(model, a, words, starts, masked, rows, ids, None)
+        got["loss"].backward()
+        return {n: p.grad for n, p in model.named_parameters()}, sum(kept.values())
+    plain, much = gradients(None, False)
+    for chunk, checkpointing in ((2, False), (None, True), (2, True)):
+        again, less = gradients(chunk, checkpointing)
+        assert less < 0.8 * much
+        for name, g in plain.items():
+            assert torch.allclose(again[name], g, rtol=0, atol=1e-12), (chunk, checkpointing, name)
