@@ -59,15 +59,16 @@ def print_errors(device: str, quick: bool):
 # CPU: tiles against the naive matrix
 # ------------------------------------------------------------------------------------------------------------------
 
-def resident() -> int:
+def resident(field: str = "VmRSS") -> int:
     """Bytes of memory this process holds now (on Linux; elsewhere the most it ever held)."""
-    if os.path.exists("/proc/self/statm"):
-        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-    return peak()
+    if os.path.exists("/proc/self/status"):
+        return int(re.search(rf"{field}:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """The most it ever held. VmHWM, not ru_maxrss: that one starts at the size of whoever started this process."""
+    return resident("VmHWM")
 
 
 def one_contrast(kind: str, N: int, E: int = 256) -> dict:
