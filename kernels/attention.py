@@ -69,7 +69,7 @@ def take(starts, index):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The torch version: group -> sort by length -> pad -> attend -> unpad. Also the reference for the kernel.
+# The torch version: group -> sort by length -> pad -> attend -> unpad
 # ------------------------------------------------------------------------------------------------------------------
 
 BUCKETS = 4             # sentences of 4 and of 40 words in one padded batch: nine tenths of it would be padding
@@ -144,7 +144,11 @@ def attend(q, k, v, q_where, k_where, seen, shape, bias):
 # ------------------------------------------------------------------------------------------------------------------
 
 def attention(q, k, v, q_starts, k_starts, memory=None, bias=None):
-    """The contract in the file's docstring, by the fastest path for the tensors' device (kernels.use_triton says which)."""
+    """The contract in the file's docstring, by the fastest path for the tensors' device (kernels.use_triton says which).
+    memory must stay below the number of key sequences: nothing checks it on a GPU. ValueError for a bias that does not fit."""
+    if bias is not None and (memory is not None or not len(q) == len(k) == (len(q_starts) - 1) * bias.shape[1]):
+        raise ValueError(f"attention: a bias {tuple(bias.shape)} needs {len(q_starts) - 1} sequences of {bias.shape[1]} tokens "
+                         f"that attend to themselves (no memory), not {len(q)} queries and {len(k)} keys")
     if use_triton(q) and q.shape[2] % 16 == 0 and q.shape[2] <= 128:
         from kernels.attention_triton import attention_triton
         return attention_triton(q, k, v, q_starts, k_starts, memory, bias)

@@ -272,7 +272,7 @@ def attention_backward_op(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out
 
 @attention_op.register_fake
 def _(q, k, v, q_starts, k_starts, memory, bias):
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @attention_backward_op.register_fake

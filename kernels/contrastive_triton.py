@@ -223,7 +223,7 @@ def draw_op(x: Tensor, y: Tensor, temperature: Tensor, x_ids: Tensor, y_ids: Ten
 
 @statistics_op.register_fake
 def _(x, y, temperature, x_ids, y_ids, shift):
-    return tuple(x.new_empty(len(rows), dtype=torch.promote_types(x.dtype, torch.float32)) for rows in (x, y))
+    return tuple(x.new_empty(rows.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)) for rows in (x, y))
 
 
 @gradient_op.register_fake
@@ -233,4 +233,4 @@ def _(x, y, temperature, x_ids, y_ids, x_lse, y_lse, x_gradient, y_gradient, shi
 
 @draw_op.register_fake
 def _(x, y, temperature, x_ids, y_ids, draws, drawn):
-    return x_ids.new_empty(len(x))
+    return x_ids.new_empty(x.shape[0])

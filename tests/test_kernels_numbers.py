@@ -52,7 +52,7 @@ def test_gradcheck():
 
 
 def test_logits_of_ten_thousand_give_no_inf_and_no_nan():
-    case = random_attention(2, torch.float32, DEVICE)
+    case = random_attention(3, torch.float32, DEVICE)
     q, k, v = (x.detach() * 100 for x in case[:3])
     assert attention(q, k, v, *case[3:]).isfinite().all()
     a, b, t, *rest = random_contrast(0, 70, 150, 20, 0.001, torch.float32, DEVICE)
@@ -142,7 +142,7 @@ def test_the_order_of_programs_changes_no_bit(monkeypatch):
 
 
 def test_torch_compile_takes_the_kernels_as_they_are():
-    case = random_attention(2, torch.float32, DEVICE)
+    case = random_attention(3, torch.float32, DEVICE)
     step = torch.compile(lambda *x: attention(*x).sum(), backend="aot_eager", fullgraph=True)
     expected = torch.autograd.grad(attention(*case).sum(), case[:3])
     assert all(x.equal(y) for x, y in zip(torch.autograd.grad(step(*case), case[:3]), expected))
@@ -155,6 +155,17 @@ def test_the_kernels_are_what_ran(monkeypatch):
     ran = []
     monkeypatch.setattr(attention_triton, "attention_op", lambda q, *_: ran.append("attention") or (q, q))
     monkeypatch.setattr(contrastive_triton, "draw_op", lambda x, *_: ran.append("draw") or x)
-    attention(*random_attention(2, torch.float32, DEVICE))
+    attention(*random_attention(3, torch.float32, DEVICE))
     contrastive(*random_contrast(0, 4, 4, 0, 0.07, torch.float32, DEVICE), 1)
     assert ran == ["attention", "draw", "draw"]
+
+
+def test_many_tiles_per_program_and_many_launches_equal_dense_float64(monkeypatch):
+    """The paths of a large batch: sums that are scaled down as the maximum rises, and partial results of several launches."""
+    if interpreting():
+        monkeypatch.setattr(contrastive_triton, "tiles", lambda *_: dict(ROWS=32, COLUMNS=64))
+    monkeypatch.setattr(contrastive_triton, "PROGRAMS", 1)
+    monkeypatch.setattr(contrastive_triton, "ROWS_PER_LAUNCH", 128)
+    for name in TYPES:
+        errors = contrast_errors(random_contrast(0, 259, 600, 341, 0.07, DTYPES[name], DEVICE, E=72))
+        assert max(errors.values()) <= ALLOWED[name], errors
