@@ -16,7 +16,6 @@ import io
 import json
 import math
 import pathlib
-import tempfile
 from typing import NamedTuple
 
 import numpy as np

@@ -102,8 +102,8 @@ def settings(argv=None):
 
 def check(args):
     """ValueError on values that cannot work; the model's own checks follow when it is built."""
-    for name in ("steps", "batch", "text_batch", "log_every", "save_every"):
-        if getattr(args, name) < 1:
+    for name in ("steps", "batch", "text_batch", "log_every", "save_every", "chunk"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
     for name in ("batch", "text_batch"):
         if getattr(args, name) % world()[1]:
@@ -342,7 +342,7 @@ def prepare(args, device):
         if len(state["rng"]) == W:
             torch.set_rng_state(state["rng"][rank])
     model.chunk = args.chunk
-    for layer in (*model.vision.layers, *model.text.layers, *model.fusion.layers):
+    for layer in objective.modules():                                        # the unshared fusion encoder's too
         layer.checkpointing = args.checkpointing
     if args.compile:
         for part in (model.vision, model.text, model.fusion):
