@@ -201,7 +201,7 @@ class DemoImages:
     """Drawings of the demo with a caption each. Index i < concepts: that concept alone, so that an epoch names each concept once
     (two drawings of one concept would be each other's wrong partners); else a fresh scene of two to four."""
 
-    def __init__(self, languages=None, scenes=1.0, keywords=0.1):
+    def __init__(self, languages=None, scenes=0.25, keywords=0.1):
         self.drawings = emoji.training_drawings()
         self.ids = list(self.drawings)
         self.languages = languages or emoji.languages("seen")
@@ -226,18 +226,19 @@ class DemoImages:
 
 
 class DemoParallel(DemoImages):
-    """The same concepts and scenes, said in two different languages of the 21 of training."""
+    """The same concepts and scenes, said in one language with images and one without, as English and another in the paper."""
 
-    def __init__(self, languages=None, scenes=1.0):
-        super().__init__(languages or emoji.languages("seen") + emoji.languages("text_only"), scenes)
+    def __init__(self, languages=None, others=None, scenes=0.2):
+        super().__init__(languages, scenes)
+        self.others = others or emoji.languages("text_only")
 
     def __getitem__(self, key):
         """(index, rng) -> sentence a, sentence b, id. Which is a and which is b is a toss (F2.3)."""
         index, rng = key
         chosen = self.choose(index, rng)
-        one, two = rng.choice(len(self.languages), 2, replace=False)
-        ids = [self.ids[i] for i in chosen]
-        return emoji.caption(ids, self.languages[one]), emoji.caption(ids, self.languages[two]), thing(chosen)
+        two = [group[rng.integers(len(group))] for group in (self.languages, self.others)]
+        a, b = (emoji.caption([self.ids[i] for i in chosen], two[i]) for i in rng.permutation(2))
+        return a, b, thing(chosen)
 
 
 def thing(chosen):

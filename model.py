@@ -61,12 +61,14 @@ class Config:
     fusion_eps: float = 1e-5
     tied: bool = True                   # masked LM's decoder is the word embedding (CCLM-3M/4M) or its own matrix (CCLM-X2VLM)
     init_std: float = 0.02
+    fusion_std: float = 0.02            # fusion encoder and itm_head
     embedding_std: float = 0.02         # words and positions; small values let rare words move early (README, what helped)
 
 
 PRESETS = {
     # two CPU cores, minutes; chosen on the val split, see the README's list of what helped
-    "demo": Config(pool="mean", stem=True, dropout=0.0, vision_layers=2, text_layers=1, embedding_std=0.002),
+    "demo": Config(pool="mean", stem=True, dropout=0.0, vision_layers=2, text_layers=1, embedding_std=0.002,
+                   fusion_std=128 ** -0.5),
     # one GPU, from random weights
     "small": Config(width=384, image_size=224, vision_layers=12, vision_heads=6, vision_hidden=1536, text_layers=6, text_heads=6,
                     text_hidden=1536, fusion_layers=3, fusion_heads=6, fusion_hidden=1536, vocabulary=250002, positions=514),
@@ -367,6 +369,7 @@ def init_weights(model):
     """All random numbers of a new model, in one place (F1.2; the zero is ours, for training from scratch).
 
         Linear, class token, positions of patches            normal(0, init_std)
+        Linear of the fusion encoder and itm_head            normal(0, fusion_std)
         words, positions of words                            normal(0, embedding_std)
         Conv2d                                               normal(0, 1 / sqrt(inputs))
         biases, relative position bias, token type           0
@@ -380,6 +383,9 @@ def init_weights(model):
             nn.init.normal_(module.weight, std=std if isinstance(module, nn.Linear) else module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    for module in (*model.fusion.modules(), *model.itm_head):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=model.config.fusion_std)
     for table in (model.text.words, model.text.positions):
         nn.init.normal_(table.weight, std=model.config.embedding_std)
     if not model.config.tied:

@@ -75,7 +75,8 @@ def settings(argv=None):
     what.add_argument("--data", default="demo", choices=["demo"], help="the built-in emoji (default: %(default)s)")
     what.add_argument("--batch", type=int, default=128, help="image-caption pairs per step, all processes together (default: %(default)s)")
     what.add_argument("--text_batch", type=int, default=128, help="sentence pairs per step (default: %(default)s)")
-    what.add_argument("--scenes", type=float, default=0.5, help="demo: scenes per single emoji (default: %(default)s)")
+    what.add_argument("--scenes", type=float, default=0.25, help="demo: scenes per single emoji (default: %(default)s)")
+    what.add_argument("--text_scenes", type=float, default=0.2, help="the same in the parallel text (default: %(default)s)")
     what.add_argument("--keywords", type=float, default=0.1, help="demo: share of single emoji captioned by keywords (default: %(default)s)")
     what.add_argument("--mask_probability", type=float, default=0.15, help="share of words hidden; the paper's is 0.4 (default: %(default)s)")
     what.add_argument("--parallel_text", action=on_off, default=True, help="train on the second stream (default: on)")
@@ -86,6 +87,7 @@ def settings(argv=None):
         what.add_argument(f"--{name}_weight", type=float, default=1.0, help="weight of this loss (default: %(default)s)")
     how = parser.add_argument_group("optimizer")
     how.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+    how.add_argument("--fusion_lr", type=float, default=2.0, help="times --lr: fusion encoder and match head (default: %(default)s)")
     how.add_argument("--temperature_lr", type=float, default=3e-4, help="peak rate of the temperature (default: %(default)s)")
     how.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up (default: %(default)s)")
     how.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's, not on vectors (default: %(default)s)")
@@ -332,8 +334,9 @@ def prepare(args, device):
     if first:
         load_weights(model, first["model"], path if state else args.init)
     objective = Objective(model, args).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(objective, args.lr, args.weight_decay, temperature_lr=args.temperature_lr),
-                                  betas=(0.9, 0.98), fused=True)             # F4.1
+    fusion = [name for name, _ in objective.named_parameters() if "fusion" in name or "itm_head" in name]
+    groups = parameter_groups(objective, args.lr, args.weight_decay, fusion, args.fusion_lr, args.temperature_lr)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)     # F4.1
     torch.manual_seed(args.seed * 1_000_003 + rank)                          # dropout differs between processes
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -348,7 +351,7 @@ def prepare(args, device):
         for part in (model.vision, model.text, model.fusion):
             part.compile(dynamic=True)
     images = data.DemoImages(scenes=args.scenes, keywords=args.keywords)
-    parallel = data.DemoParallel(scenes=args.scenes) if args.parallel_text else None
+    parallel = data.DemoParallel(scenes=args.text_scenes) if args.parallel_text else None
     batches = data.Batches(tokenizer, images, parallel, args.batch, args.text_batch, args.seed, rank, W,
                            mask_probability=args.mask_probability)
     return SimpleNamespace(objective=objective, optimizer=optimizer, tokenizer=tokenizer, batches=batches,

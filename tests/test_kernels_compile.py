@@ -1,6 +1,6 @@
 """Would the kernels run on a GPU that is not here? Compiled offline, in processes that do not interpret.
 
-By default bfloat16 on sm_90. KERNELS_FULL=1 pytest tests/test_kernels_compile.py compiles every kernel, type and width
+By default a few on sm_80 and sm_90. KERNELS_FULL=1 pytest tests/test_kernels_compile.py compiles every kernel, type and width
 for sm_80 and sm_90: some minutes.
 """
 import os
@@ -38,12 +38,12 @@ def child(*command, cache):
 
 def test_kernels_compile_without_spills_and_use_tensor_cores(tmp_path):
     full = bool(os.environ.get("KERNELS_FULL"))
-    extent = () if full else ("--quick", "--targets", "sm_90")
+    extent = () if full else ("--quick",)
     run = child("-m", "kernels.bench", "--only", "resources", *extent, cache=tmp_path)
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     rows = [line for line in run.stdout.splitlines() if line.startswith(("| attention", "| contrast"))]
-    assert len(rows) >= 7 and "!" not in "".join(rows)
+    assert len(rows) >= 13 and "!" not in "".join(rows)
 
 
 def test_a_product_too_small_for_tensor_cores_is_refused(tmp_path):

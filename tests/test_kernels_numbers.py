@@ -10,8 +10,8 @@ import torch
 from kernels import attention_triton, contrastive_triton, interpreting
 from kernels.attention import attention
 from kernels.contrastive import contrastive, contrastive_torch
-from kernels.reference import (ALLOWED, DTYPES, attention_errors, contrast_errors, contrast_loss, random_attention,
-                               random_contrast)
+from kernels.reference import (ALLOWED, DTYPES, attention_case, attention_errors, contrast_errors, contrast_loss,
+                               random_attention, random_contrast, shared_attention)
 
 DEVICE = "cpu" if interpreting() else "cuda"
 if not interpreting():
@@ -30,6 +30,19 @@ def test_attention_equals_dense_float64_on_random_ragged_batches(name):
 
 
 @pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("sizes", [(128, 128), (32, 64), (64, 32)])
+def test_attention_over_a_shared_memory_equals_dense_float64_whatever_the_tile(name, sizes, monkeypatch):
+    if interpreting():
+        monkeypatch.setattr(attention_triton, "tiles", lambda *_: dict(QUERIES=sizes[0], KEYS=sizes[1]))
+    biased = attention_case(torch.Generator().manual_seed(1), *2 * (torch.tensor([137, 137]),), None, True, 1, 32,
+                            DTYPES[name], DEVICE)
+    for case in (shared_attention(DTYPES[name], DEVICE), biased):
+        assert (attention(*case) != 0).any()
+        errors = attention_errors(case)
+        assert max(errors.values()) <= ALLOWED[name], errors
+
+
+@pytest.mark.parametrize("name", TYPES)
 def test_contrast_equals_dense_float64(name):
     shapes = [(1, 1, 0), (2, 3, 1), (37, 91, 50), (130, 130, 0), (259, 600, 341)]
     for B, N, first_row in shapes:
@@ -42,10 +55,11 @@ def test_contrast_equals_dense_float64(name):
 def test_gradcheck():
     if not interpreting():
         pytest.skip("float64 kernels run in the interpreter only")
-    for seed in (2, 4):                                                              # fast_mode: random projections
+    for seed in (2, 4, 5):                                                           # fast_mode: random projections
         *inputs, q_starts, k_starts, memory, bias = random_attention(seed, torch.float64, longest=5)
         inputs += [] if bias is None else [bias]
         run = lambda q, k, v, b=None: attention(q, k, v, q_starts, k_starts, memory, b)
+        assert (run(*inputs) != 0).any()
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     case = random_contrast(0, 4, 9, 3, 0.2, torch.float64, E=5)
     assert torch.autograd.gradcheck(lambda *x: contrastive(*x, *case[3:], None)[:3], case[:3])
@@ -84,9 +98,10 @@ def test_a_column_that_lost_every_row_is_minus_infinity_with_gradient_zero():
 def test_hard_negatives_are_torchs_whatever_the_tile(sizes, monkeypatch):
     if interpreting():
         monkeypatch.setattr(contrastive_triton, "tiles", lambda *_: dict(ROWS=sizes[0], COLUMNS=sizes[1]))
-    shapes = [(1, 4, 2, 0.07), (2, 2, 0, 0.07), (75, 150, 75, 0.5), (140, 140, 0, 0.07), (140, 140, 0, 0.001)]
-    for seed, (B, N, first_row, t) in enumerate(shapes):
-        case = random_contrast(seed, B, N, first_row, t, torch.float32, DEVICE)
+    shapes = [(1, 4, 2, 0.07, 32), (2, 2, 0, 0.07, 32), (75, 150, 75, 0.5, 72), (140, 140, 0, 0.07, 256),
+              (140, 140, 0, 0.001, 32)]
+    for seed, (B, N, first_row, t, E) in enumerate(shapes):
+        case = random_contrast(seed, B, N, first_row, t, torch.float32, DEVICE, E)
         kernel, torchs = contrastive(*case, 2 ** 40 + seed), contrastive_torch(*case, 2 ** 40 + seed)
         assert kernel.wrong_a.equal(torchs.wrong_a) and kernel.wrong_b.equal(torchs.wrong_b)
 
@@ -94,8 +109,8 @@ def test_hard_negatives_are_torchs_whatever_the_tile(sizes, monkeypatch):
 def everything(moat=0):
     """Outputs and gradients of both kernels on fixed cases, as one list."""
     results = []
-    for seed in (2, 3, 4):
-        case = random_attention(seed, torch.float32, DEVICE, moat=moat)
+    for case in (*(random_attention(seed, torch.float32, DEVICE, moat=moat) for seed in (3, 4)),
+                 shared_attention(torch.float32, DEVICE, moat)):
         out, inputs = attention(*case), [x for x in (*case[:3], case[6]) if x is not None]
         results += [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
     case = random_contrast(1, 150, 333, 100, 0.07, torch.float32, DEVICE)
@@ -142,13 +157,23 @@ def test_the_order_of_programs_changes_no_bit(monkeypatch):
 
 
 def test_torch_compile_takes_the_kernels_as_they_are():
-    case = random_attention(3, torch.float32, DEVICE)
-    step = torch.compile(lambda *x: attention(*x).sum(), backend="aot_eager", fullgraph=True)
-    expected = torch.autograd.grad(attention(*case).sum(), case[:3])
-    assert all(x.equal(y) for x, y in zip(torch.autograd.grad(step(*case), case[:3]), expected))
-    case = random_contrast(1, 20, 50, 7, 0.07, torch.float32, DEVICE)
-    step = torch.compile(lambda *x: contrastive(*x, 7, 3), backend="aot_eager")
-    assert all(x.equal(y) for x, y in zip(step(*case[:5]), contrastive(*case, 3)))
+    """In one graph, compiled once for any number of tokens or items."""
+    compile = lambda function: torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    step = compile(lambda *x: attention(*x).sum())
+    cases = [random_attention(seed, torch.float32, DEVICE) for seed in (27, 147)]    # alike in all but their lengths
+    assert cases[0][0].shape[1:] == cases[1][0].shape[1:] and len(cases[0][0]) != len(cases[1][0])
+    for case, stance in zip(cases, ("default", "fail_on_recompile")):
+        expected = torch.autograd.grad(attention(*case).sum(), case[:3])
+        with torch.compiler.set_stance(stance):
+            assert all(x.equal(y) for x, y in zip(torch.autograd.grad(step(*case), case[:3]), expected))
+    step = compile(lambda *x: contrastive(*x, 7, 3))
+    for B, N, stance in ((20, 50, "default"), (33, 61, "fail_on_recompile")):
+        case = random_contrast(1, B, N, 7, 0.07, torch.float32, DEVICE)
+        with torch.compiler.set_stance(stance):
+            got, expected = step(*case[:5]), contrastive(*case, 3)
+        assert all(x.equal(y) for x, y in zip(got, expected))
+        gradients = [torch.autograd.grad(contrast_loss(*x[:3], N), case[:3]) for x in (got, expected)]
+        assert all(x.equal(y) for x, y in zip(*gradients))
 
 
 def test_the_kernels_are_what_ran(monkeypatch):
