@@ -3,10 +3,11 @@
     image-text   {"images" (B, 3, pixels, pixels) uint8, "b": Sentences, "masked": Masked, "ids" (B,)}
     parallel     {"a": Sentences, "b": Sentences, "masked": Masked, "ids" (B,)}
 
-Sentences are packed: words (T,) and starts (B+1,). Masked is b with some words hidden: words (T,), the hidden rows (M,) in
-order, and what stood there (M,). Everything random about an example - language, role, masking, augmentation - is drawn from a
-generator seeded by (seed, stream, epoch, index), and example i of step s is a function of the position s * N + i alone. So the
-data are the same at any number of processes and of workers, and after a resume; there is no iterator state to save.
+Sentences are packed: words (T,) and starts (B+1,). Masked is b with some words hidden: words (T,), the hidden rows (M,)
+in order, and what stood there (M,). Everything random about an example - language, role, masking, augmentation - is
+drawn from a generator seeded by (seed, stream, epoch, index), and example i of step s is a function of the position
+s * N + i alone. So the data are the same at any number of processes and of workers, and after a resume; there is no
+iterator state to save.
 
 Letters: B sequences per process, W processes, N = W*B, T tokens in the packed batch, M masked tokens, V vocabulary.
 
@@ -61,8 +62,8 @@ def train_tokenizer(texts, vocabulary):
     """A unigram model with byte fallback over an iterable of sentences -> Tokenizer."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocabulary, model_type="unigram", byte_fallback=True,
-        character_coverage=0.9999, num_threads=1, minloglevel=2, hard_vocab_limit=False)
+        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocabulary, model_type="unigram",
+        byte_fallback=True, character_coverage=0.9999, num_threads=1, minloglevel=2, hard_vocab_limit=False)
     return Tokenizer(out.getvalue())
 
 
@@ -70,7 +71,8 @@ def demo_tokenizer(vocabulary=8000):
     """Trained on what the demo trains on: names and keywords of training concepts in the 21 training languages."""
     trained = emoji.languages("seen") + emoji.languages("text_only")
     rows = [c for c in emoji.concepts().values() if c["split"] == "train"]
-    return train_tokenizer((text for c in rows for k in trained for text in [c["name"][k], *c["kw"].get(k, [])]), vocabulary)
+    return train_tokenizer((text for c in rows for k in trained for text in [c["name"][k], *c["kw"].get(k, [])]),
+                           vocabulary)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -78,8 +80,8 @@ def demo_tokenizer(vocabulary=8000):
 # ------------------------------------------------------------------------------------------------------------------
 
 def mask_words(ids, rng, tokenizer, probability=0.4, most=20):
-    """ids (list) -> (masked ids, hidden positions in order). F3.6 with one repair: <s>, </s> and other specials are never
-    hidden nor drawn as replacements (the official code may hide </s>).
+    """ids (list) -> (masked ids, hidden positions in order). F3.6 with one repair: <s>, </s> and other specials are
+    never hidden nor drawn as replacements (the official code may hide </s>).
 
     min(most, max(1, round(n * probability))) positions in spans of one, or with probability 0.2 of two or three; each
     becomes <mask> (80 %), a random word (10 %) or stays (10 %)."""
@@ -95,7 +97,8 @@ def mask_words(ids, rng, tokenizer, probability=0.4, most=20):
     masked = list(ids)
     for i in hidden:
         dice = rng.random()
-        masked[i] = tokenizer.mask if dice < 0.8 else int(rng.integers(UNKNOWN + 1, tokenizer.mask)) if dice < 0.9 else ids[i]
+        masked[i] = (tokenizer.mask if dice < 0.8 else
+                     int(rng.integers(UNKNOWN + 1, tokenizer.mask)) if dice < 0.9 else ids[i])
     return masked, hidden
 
 
@@ -145,7 +148,8 @@ def rand_augment(image, rng, count=2, level=7):
 
 
 def affine(image, *matrix):
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR,
+                           fillcolor=(128, 128, 128))
 
 
 AUGMENT = [
@@ -172,8 +176,8 @@ def generator(*key):
 
 
 def shuffled(index, n, *key):
-    """Where position `index` of 0..n-1 goes in the permutation that belongs to `key`, in O(1) memory: four Feistel rounds
-    over the next power of four, walked until the result is inside."""
+    """Where position `index` of 0..n-1 goes in the permutation that belongs to `key`, in O(1) memory: four Feistel
+    rounds over the next power of four, walked until the result is inside."""
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     keys = np.random.SeedSequence(key).generate_state(4).tolist()
     while True:
@@ -198,8 +202,8 @@ def example_at(position, n, seed, stream):
 # ------------------------------------------------------------------------------------------------------------------
 
 class DemoImages:
-    """Drawings of the demo with a caption each. Index i < concepts: that concept alone, so that an epoch names each concept once
-    (two drawings of one concept would be each other's wrong partners); else a fresh scene of two to four."""
+    """Drawings of the demo with a caption each. Index i < concepts: that concept alone, so that an epoch names each
+    once (two drawings of one concept would be each other's wrong partners); else a fresh scene of two to four."""
 
     def __init__(self, languages=None, scenes=0.25, keywords=0.1):
         self.drawings = emoji.training_drawings()
@@ -221,12 +225,13 @@ class DemoImages:
         chosen = self.choose(index, rng)
         ids, language = [self.ids[i] for i in chosen], self.languages[rng.integers(len(self.languages))]
         image = emoji.draw([self.drawings[i][rng.integers(len(self.drawings[i]))] for i in ids], rng)
-        text = emoji.keywords(ids[0], language, rng) if len(ids) == 1 and rng.random() < self.keywords else emoji.caption(ids, language)
+        text = (emoji.keywords(ids[0], language, rng) if len(ids) == 1 and rng.random() < self.keywords else
+                emoji.caption(ids, language))
         return pixels(image), text, thing(chosen)
 
 
 class DemoParallel(DemoImages):
-    """The same concepts and scenes, said in one language with images and one without, as English and another in the paper."""
+    """The same concepts and scenes in one language with images and one without, as English and another in the paper."""
 
     def __init__(self, languages=None, others=None, scenes=0.2):
         super().__init__(languages, scenes)
@@ -273,9 +278,11 @@ def pack(sentences):
 class Batches(torch.utils.data.Dataset):
     """Item s is this process's part of step s: one image-text batch and one parallel batch (None without a stream)."""
 
-    def __init__(self, tokenizer, images, parallel, batch, text_batch, seed, rank=0, world=1, longest=64, mask_probability=0.4):
+    def __init__(self, tokenizer, images, parallel, batch, text_batch, seed, rank=0, world=1, longest=64,
+                 mask_probability=0.4):
         self.tokenizer, self.images, self.parallel, self.seed, self.rank = tokenizer, images, parallel, seed, rank
-        self.sizes, self.world, self.longest, self.mask_probability = (batch, text_batch), world, longest, mask_probability
+        self.sizes, self.world, self.longest, self.mask_probability = (
+            (batch, text_batch), world, longest, mask_probability)
 
     def examples(self, step, stream):
         """Examples of this process: [record..., rng] by position p = step * N + rank * B + i."""
@@ -316,8 +323,9 @@ class Batches(torch.utils.data.Dataset):
 # ------------------------------------------------------------------------------------------------------------------
 
 def evaluation_set(name):
-    """'demo:SPLIT', or a JSON-lines file with rows {"image": path beside the file, "captions": {language: text or [texts]}}
-    -> list of {"image": RGB image, "captions": {language: [text, ...]}, ...}. ValueError with file and line on bad rows."""
+    """'demo:SPLIT', or a JSON-lines file with rows {"image": path beside the file,
+    "captions": {language: text or [texts]}} -> list of {"image": RGB image, "captions": {language: [text, ...]}, ...}.
+    ValueError with file and line on bad rows."""
     if name.startswith("demo:"):
         return emoji.split(name[5:])
     path, rows = pathlib.Path(name), []
@@ -330,8 +338,10 @@ def evaluation_set(name):
             captions = {k: [t] if isinstance(t, str) else t for k, t in row["captions"].items()}
             image = row["image"]
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise ValueError(f'{where}: expected {{"image": path, "captions": {{language: text or [texts]}}}}') from None
-        if not captions or not all(isinstance(t, str) and t.strip() for texts in captions.values() for t in texts or [""]):
+            raise ValueError(
+                f'{where}: expected {{"image": path, "captions": {{language: text or [texts]}}}}') from None
+        if not captions or not all(isinstance(t, str) and t.strip()
+                                   for texts in captions.values() for t in texts or [""]):
             raise ValueError(f"{where}: a caption is empty or not a text")
         rows.append({"image": open_image(path.parent / image), "captions": captions})
     if not rows:

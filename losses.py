@@ -1,14 +1,15 @@
 """The paper in one file: one loss for two views of one thing, whatever the two views are.
 
-An image and its caption are two views of one thing; so are a sentence and its translation. cross_view() takes a View `a` (image or
-sentence) and a View `b` (sentence) and does not know which kind it was given:
+An image and its caption are two views of one thing; so are a sentence and its translation. cross_view() takes a View
+`a` (image or sentence) and a View `b` (sentence) and does not know which kind it was given:
 
-    contrast   -1/2N sum_i [log softmax_j(<a_i, b_j> / t) + log softmax_j(<a_j, b_i> / t)]_{j=i}      knows nothing: ln N
-    match      cross entropy of "does b belong to a?" on 1 true : 2 hard wrong pairs                  knows nothing: 0.6365
-    mask       cross entropy of b's masked words, read while looking at a                             knows nothing: ln V
+    contrast   -1/2N sum_i [log softmax_j(<a_i, b_j> / t) + log softmax_j(<a_j, b_i> / t)]_{j=i}   knows nothing: ln N
+    match      cross entropy of "does b belong to a?" on 1 true : 2 hard wrong pairs               knows nothing: 0.6365
+    mask       cross entropy of b's masked words, read while looking at a                          knows nothing: ln V
 
-(0.6365 is the entropy of 1 : 2; a head that starts at zero says 0.6931 = ln 2 first.) Every loss is a mean over ALL processes: each
-returns W x (its own sum) / (count over all processes), so that the mean of gradients that DDP takes is the gradient of the global loss.
+(0.6365 is the entropy of 1 : 2; a head that starts at zero says 0.6931 = ln 2 first.) Every loss is a mean over ALL
+processes: each returns W x (its own sum) / (count over all processes), so that the mean of gradients that DDP takes is
+the gradient of the global loss.
 
 Letters: B items per process, W processes, N = W*B, T tokens, M masked words, D width, E embedding, V vocabulary.
 
@@ -75,10 +76,10 @@ def global_mean(own_sum, own_count):
 def contrast(a, b, temperature, seed, same="ignore"):
     """Symmetric InfoNCE over the vectors of all processes, and a hard wrong partner for every item of this one.
 
-    a, b: Views of B items. Items i, j are `same` when their a.ids or their b.ids agree: neither positives nor negatives of
-    each other ("ignore", pre-training), or soft labels, each an equal share of 1 ("positive", retrieval fine-tuning, F2.1).
-    Returns the loss (scalar) and (wrong_a (B,), wrong_b (B,)) int64: positions in this process's batch, -1 where there is none.
-    Only b's vectors travel: this process works on its B rows of the N x N matrix, and the columns' sums are put together."""
+    a, b: Views of B items; i, j are `same` when their a.ids or b.ids agree: neither positives nor negatives of each
+    other ("ignore", pre-training), or soft labels, each an equal share of 1 ("positive", retrieval fine-tuning, F2.1).
+    Returns the loss (scalar) and (wrong_a (B,), wrong_b (B,)) int64: positions in this process's batch, -1 for none.
+    Only b's vectors travel: this process works on its B rows of the N x N matrix; columns' sums are put together."""
     rank, W = world()
     B, N, first = len(a.vectors), W * len(a.vectors), rank * len(a.vectors)
     ids = torch.stack([a.ids, b.ids], 1)                                     # (B, 2)
@@ -87,7 +88,7 @@ def contrast(a, b, temperature, seed, same="ignore"):
         s = contrastive(a.vectors, b_all, temperature, ids, all_ids, first, seed)
         wrong, positives = (s.wrong_a, s.wrong_b), 2 * s.positives.sum()
     elif same == "positive":
-        nobody = torch.arange(N, device=ids.device)[:, None].expand(N, 2)    # all different: every pair stays in the sums
+        nobody = torch.arange(N, device=ids.device)[:, None].expand(N, 2)    # all different: all pairs stay in the sums
         s = contrastive(a.vectors, b_all, temperature, nobody[first:first + B], nobody, first, seed)
         with torch.no_grad():
             drawn = contrastive(a.vectors, b_all, temperature, ids, all_ids, first, seed)
@@ -102,14 +103,14 @@ def contrast(a, b, temperature, seed, same="ignore"):
 
 
 def combine_columns(part, first, B):
-    """part (N,): log-sum-exp of every column over this process's rows. Value: the sum over this process's own columns of
-    the log-sum-exp over ALL rows. Gradient: that of the sum over all N columns with respect to our part of them."""
+    """part (N,): log-sum-exp of every column over this process's rows. Value: the sum over this process's own columns
+    of the log-sum-exp over ALL rows. Gradient: that of the sum over all N columns with respect to our part of them."""
     if world()[1] == 1:
         return part.sum()
     top = total(part, "MAX")                                                 # (N,)
     whole = top + total((part - top).exp()).log()                            # (N,)
     share = (part - whole).exp().detach()                                    # d whole / d part
-    ours = (share * part.masked_fill(share == 0, 0)).sum()                   # a column without any row here adds 0, not 0 x -inf
+    ours = (share * part.masked_fill(share == 0, 0)).sum()                   # column without rows here: 0, not 0 x -inf
     return ours + (whole[first:first + B].sum() - ours).detach()
 
 
@@ -118,8 +119,8 @@ def combine_columns(part, first, B):
 # ------------------------------------------------------------------------------------------------------------------
 
 def fuse_pairs(model, a, b, masked, rows, wrong, condition=True):
-    """True pairs, pairs with a wrong a, pairs with a wrong b, and the masked sentences go through the fusion encoder as ONE
-    batch of 4B query sequences. They are copies of only 2B texts (b and masked b) that look at only B views of a.
+    """True pairs, pairs with a wrong a, pairs with a wrong b, and the masked sentences go through the fusion encoder as
+    ONE batch of 4B query sequences. They are copies of only 2B texts (b and masked b) that look at only B views of a.
 
     Returns first-token states (3B, D) in that order, and the states of the masked words (M, D)."""
     B, device = len(b.ids), b.states.device
@@ -127,18 +128,19 @@ def fuse_pairs(model, a, b, masked, rows, wrong, condition=True):
     items = everyone[:len(wrong[0])]                                         # none where match is switched off
     wrong_a, wrong_b = (w.clamp(min=0) for w in wrong)
     text = torch.cat([items, items, wrong_b, everyone + B])                  # which text asks ...
-    view = torch.cat([items, wrong_a, items, everyone if condition else torch.full_like(everyone, -1)])   # ... and what it looks at
+    view = torch.cat([items, wrong_a, items,                                 # ... and what it looks at
+                      everyone if condition else torch.full_like(everyone, -1)])
     starts = torch.cat([b.starts, b.starts[1:] + b.starts[-1]])              # (2B + 1,)
     asked = running(starts.diff()[text]).long()                              # (4B + 1,) starts of the query sequences
     pairs = 3 * len(items)
-    wanted = torch.cat([asked[:pairs], rows + asked[pairs]])                 # first tokens, then masked words: ascending
+    wanted = torch.cat([asked[:pairs], rows + asked[pairs]])                 # first tokens, then masked words: sorted
     fused = model.fuse(torch.cat([b.states, masked]), starts, a.states, a.starts, view, wanted, text)      # (3B + M, D)
     return fused[:pairs], fused[pairs:]
 
 
 def match(head, states, wrong):
-    """states (3B, D) of true, wrong-a and wrong-b pairs -> cross entropy of head's "no, yes"; an item without wrong partners
-    (-1) is left out."""
+    """states (3B, D) of true, wrong-a and wrong-b pairs -> cross entropy of head's "no, yes"; an item without wrong
+    partners (-1) is left out."""
     counts = ((wrong[0] >= 0) & (wrong[1] >= 0)).repeat(3)                   # (3B,)
     truth = torch.zeros(len(states), dtype=torch.long, device=states.device)
     truth[:len(states) // 3] = 1
@@ -176,7 +178,8 @@ def cross_view(model, a, b, masked, rows, words, seed, wrong=None, same="ignore"
     if not weights["match"]:
         wrong = tuple(w[:0] for w in wrong)                                  # no pairs: match is 0 x its inputs
     pairs, blanks = fuse_pairs(model, a, b, masked, rows, wrong, condition)
-    losses = {"contrast": loss, "match": match(model.itm_head, pairs, wrong), "mask": masked_lm(model.mlm_head, blanks, words)}
+    losses = {"contrast": loss, "match": match(model.itm_head, pairs, wrong),
+              "mask": masked_lm(model.mlm_head, blanks, words)}
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
 
 

@@ -6,12 +6,12 @@
                                a or b
     every View also carries a unit vector (vision_proj or text_proj): contrast needs nothing else.
 
-The fusion encoder does not know whether a is an image or a sentence. This sharing is CCLM, and it is why the vision width must
-equal the text width. Nothing here pads: a batch of sequences is one matrix (T, D) and `starts` (B+1,), sequence i being rows
+The fusion encoder does not know whether a is an image or a sentence. This sharing is CCLM, and is why the vision width
+must equal the text width. Nothing here pads: a batch is one matrix (T, D) and `starts` (B+1,), sequence i being rows
 starts[i]..starts[i+1]; only kernels/attention.py knows about sequences, so there is no attention mask and no mask bug.
 
-Letters: B sequences, T tokens in the packed batch, P patches + 1, R rows asked of the last fusion layer, M masked tokens,
-D width, E embedding, H heads, V vocabulary.
+Letters: B sequences, T tokens in the packed batch, P patches + 1, R rows asked of the last fusion layer, M masked
+tokens, D width, E embedding, H heads, V vocabulary.
 
     python model.py         parameters of every preset
 """
@@ -29,14 +29,13 @@ from kernels.attention import Gather, attention, running, take
 # What is configured
 # ------------------------------------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class Config:
-    """One model. Every field can be set from the command line of train.py; PRESETS holds the combinations we vouch for."""
+    """One model. Every field is also a flag of train.py; PRESETS holds the combinations we vouch for."""
     width: int = 128                    # D, of all three parts
     embedding: int = 256                # E, the contrastive vectors
     dropout: float = 0.1                # on embeddings and sublayer outputs; none on attention probabilities
-    pool: str = "first"                 # what becomes the vector: "first" token (as published) or the "mean" of all tokens
+    pool: str = "first"                 # what becomes the vector: "first" token (as published) or "mean" of all tokens
     # vision
     vision: str = "vit"                 # "vit" (ViT, DeiT), "clip" or "beit2"
     image_size: int = 64                # pixels, square
@@ -59,10 +58,10 @@ class Config:
     fusion_heads: int = 2
     fusion_hidden: int = 512
     fusion_eps: float = 1e-5
-    tied: bool = True                   # masked LM's decoder is the word embedding (CCLM-3M/4M) or its own matrix (CCLM-X2VLM)
+    tied: bool = True                   # masked LM's decoder: word embedding (CCLM-3M/4M) or own matrix (CCLM-X2VLM)
     init_std: float = 0.02
     fusion_std: float = 0.02            # fusion encoder and itm_head
-    embedding_std: float = 0.02         # words and positions; small values let rare words move early (README, what helped)
+    embedding_std: float = 0.02         # words, positions; small values let rare words move early (README, what helped)
 
 
 PRESETS = {
@@ -70,15 +69,16 @@ PRESETS = {
     "demo": Config(pool="mean", stem=True, dropout=0.0, vision_layers=2, text_layers=1, embedding_std=0.002,
                    fusion_std=128 ** -0.5),
     # one GPU, from random weights
-    "small": Config(width=384, image_size=224, vision_layers=12, vision_heads=6, vision_hidden=1536, text_layers=6, text_heads=6,
-                    text_hidden=1536, fusion_layers=3, fusion_heads=6, fusion_hidden=1536, vocabulary=250002, positions=514),
+    "small": Config(width=384, image_size=224, vision_layers=12, vision_heads=6, vision_hidden=1536,
+                    text_layers=6, text_heads=6, text_hidden=1536, fusion_layers=3, fusion_heads=6, fusion_hidden=1536,
+                    vocabulary=250002, positions=514),
     # CCLM-X2VLM-base and -large (F1.5): BEiT-2, XLM-R, six fusion layers
-    "base": Config(width=768, vision="beit2", image_size=224, vision_layers=12, vision_heads=12, vision_hidden=3072, text_layers=12,
-                   text_heads=12, text_hidden=3072, fusion_layers=6, fusion_heads=12, fusion_hidden=3072, fusion_eps=1e-12,
-                   vocabulary=250002, positions=514, tied=False),
-    "large": Config(width=1024, vision="beit2", image_size=224, vision_layers=24, vision_heads=16, vision_hidden=4096, text_layers=24,
-                    text_heads=16, text_hidden=4096, fusion_layers=6, fusion_heads=16, fusion_hidden=4096, fusion_eps=1e-12,
-                    vocabulary=250002, positions=514, tied=False),
+    "base": Config(width=768, vision="beit2", image_size=224, vision_layers=12, vision_heads=12, vision_hidden=3072,
+                   text_layers=12, text_heads=12, text_hidden=3072, fusion_layers=6, fusion_heads=12,
+                   fusion_hidden=3072, fusion_eps=1e-12, vocabulary=250002, positions=514, tied=False),
+    "large": Config(width=1024, vision="beit2", image_size=224, vision_layers=24, vision_heads=16, vision_hidden=4096,
+                    text_layers=24, text_heads=16, text_hidden=4096, fusion_layers=6, fusion_heads=16,
+                    fusion_hidden=4096, fusion_eps=1e-12, vocabulary=250002, positions=514, tied=False),
 }
 
 
@@ -100,7 +100,7 @@ class View(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head attention of x over y (y = x: self-attention). `positions` (table rows, index) adds BEiT-2's learned bias."""
+    """Multi-head attention of x over y (y = x: self-attention). `grid` (patches a side) adds BEiT-2's learned bias."""
 
     def __init__(self, width, heads, k_bias=True, grid=None):
         super().__init__()
@@ -118,13 +118,13 @@ class Attention(nn.Module):
         q = self.q(x).unflatten(-1, (self.heads, -1))                       # (T, D) -> (T, H, D/H)
         k = self.k(y).unflatten(-1, (self.heads, -1))
         v = self.v(y).unflatten(-1, (self.heads, -1))
-        bias = self.relative[self.relative_index].permute(2, 0, 1) if hasattr(self, "relative") else None     # (H, P, P)
+        bias = self.relative[self.relative_index].permute(2, 0, 1) if hasattr(self, "relative") else None   # (H, P, P)
         return self.out(attention(q, k, v, x_starts, y_starts, memory, bias).flatten(1))
 
 
 def relative_index(grid):
-    """Row of BEiT's relative table for every pair of tokens, (P, P) int64: the class token, then grid x grid patches row by
-    row. The last three rows stand for class -> patch, patch -> class, class -> class (F1.5)."""
+    """Row of BEiT's relative table for every pair of tokens, (P, P) int64: the class token, then grid x grid patches
+    row by row. The last three rows stand for class -> patch, patch -> class, class -> class (F1.5)."""
     y, x = torch.arange(grid ** 2) // grid, torch.arange(grid ** 2) % grid
     side, patches = 2 * grid - 1, (2 * grid - 1) ** 2
     index = torch.empty(grid ** 2 + 1, grid ** 2 + 1, dtype=torch.long)
@@ -145,8 +145,7 @@ class MLP(nn.Module):
 
 
 def run(layer, *inputs):
-    """layer(*inputs). With layer.checkpointing (train.py --checkpointing) its activations are computed again in the backward
-    pass instead of kept."""
+    """layer(*inputs). layer.checkpointing (train.py): its activations are recomputed in the backward pass, not kept."""
     if getattr(layer, "checkpointing", False) and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False)
     return layer(*inputs)
@@ -161,7 +160,8 @@ class VisionLayer(nn.Module):
         super().__init__()
         beit = c.vision == "beit2"
         self.norm1, self.norm2 = nn.LayerNorm(c.width, c.vision_eps), nn.LayerNorm(c.width, c.vision_eps)
-        self.attention = Attention(c.width, c.vision_heads, k_bias=not beit, grid=c.image_size // c.patch_size if beit else None)
+        self.attention = Attention(c.width, c.vision_heads, k_bias=not beit,
+                                   grid=c.image_size // c.patch_size if beit else None)
         self.mlp = MLP(c.width, c.vision_hidden, quick=c.vision == "clip")
         self.dropout = nn.Dropout(0.0 if beit else c.dropout)
         self.scale1, self.scale2 = [nn.Parameter(torch.full((c.width,), 0.1)) if beit else 1.0 for _ in range(2)]
@@ -202,14 +202,14 @@ class ViT(nn.Module):
         for layer in self.layers:
             x = run(layer, x, starts)
         x = self.norm(x)
-        if self.config.vision == "beit2":                                    # row 0 = mean of the normalised patches (F1.5)
+        if self.config.vision == "beit2":                                    # row 0 = mean of normalised patches (F1.5)
             x = x.view(B, P, D)
             x = torch.cat([x[:, 1:].mean(1, keepdim=True), x[:, 1:]], 1).view(-1, D)
         return x
 
 
 def conv_stem(width, patch):
-    """A 4 x 4 patch convolution, then 3 x 3 stride-2 ones up to `patch`: neighbouring patches overlap, edges are learned early."""
+    """A 4 x 4 patch convolution, then 3 x 3 stride-2 ones up to `patch`: patches overlap, edges are learned early."""
     if patch not in (8, 16, 32):
         raise ValueError(f"a convolution stem halves 4-pixel patches: patch size {patch} is not 8, 16 or 32")
     layers = [nn.Conv2d(3, width // 2, 4, 4), nn.GroupNorm(8, width // 2), nn.GELU()]
@@ -223,7 +223,7 @@ def conv_stem(width, patch):
 # ------------------------------------------------------------------------------------------------------------------
 
 class TextLayer(nn.Module):
-    """Self-attention, then (in the fusion encoder) cross-attention, then the feed-forward part; a LayerNorm after each."""
+    """Self-attention, then (in the fusion encoder) cross-attention, then the MLP; a LayerNorm after each."""
 
     def __init__(self, width, heads, hidden, eps, dropout, cross=False):
         super().__init__()
@@ -234,8 +234,8 @@ class TextLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, starts, y=None, y_starts=None, sources=None, context=None, context_starts=None, memory=None):
-        """x (T, D): the queries. They attend to y (x itself when None), query sequence i to sequence sources[i] of it, and
-        then to sequence memory[i] of the context (None: i)."""
+        """x (T, D): the queries. They attend to y (x itself when None), query sequence i to sequence sources[i] of it,
+        and then to sequence memory[i] of the context (None: i)."""
         y, y_starts = (x, starts) if y is None else (y, y_starts)
         x = self.norm1(x + self.dropout(self.attention(x, y, starts, y_starts, sources)))
         if context is not None:
@@ -251,7 +251,7 @@ class TextEncoder(nn.Module):
         self.offset, self.longest = c.offset, c.positions - c.offset
         self.words = nn.Embedding(c.vocabulary, c.width)
         self.positions = nn.Embedding(c.positions, c.width)
-        self.kind = nn.Parameter(torch.zeros(c.width))                       # XLM-R's one token type, added to every word
+        self.kind = nn.Parameter(torch.zeros(c.width))                       # XLM-R's one token type, on every word
         self.norm, self.dropout = nn.LayerNorm(c.width, c.text_eps), nn.Dropout(c.dropout)
         self.layers = nn.ModuleList(TextLayer(c.width, c.text_heads, c.text_hidden, c.text_eps, c.dropout)
                                     for _ in range(c.text_layers))
@@ -268,17 +268,16 @@ class TextEncoder(nn.Module):
 
 
 class Fusion(nn.Module):
-    """b's words look at a: query sequence i is a copy of text sources[i] and looks at sequence memory[i] of the context (None: i;
-    memory -1: at nothing). Four copies of a text differ only in what they look at, so the first layer projects the text's
-    keys and values once, and every layer those of a context sequence once.
-
-    The last layer computes only `rows` (R,), sorted and unique, of the query sequences: the first token of pairs to match, the
-    masked words to restore. Nobody reads the others, so they cost nothing. The numbers are those of the padded loop."""
+    """b's words look at a: query sequence i is a copy of text sources[i] and looks at sequence memory[i] of the context
+    (None: i; memory -1: at nothing). Four copies of a text differ only in what they look at, so the first layer
+    projects the text's keys and values once, and every layer those of a context sequence once. The last layer computes
+    only `rows` (R,), sorted and unique, of the query sequences: the first token of pairs to match, the masked words to
+    restore. Nobody reads the others, so they cost nothing. The numbers are those of the padded loop."""
 
     def __init__(self, c):
         super().__init__()
-        self.layers = nn.ModuleList(TextLayer(c.width, c.fusion_heads, c.fusion_hidden, c.fusion_eps, c.dropout, cross=True)
-                                    for _ in range(c.fusion_layers))
+        self.layers = nn.ModuleList(TextLayer(c.width, c.fusion_heads, c.fusion_hidden, c.fusion_eps, c.dropout,
+                                              cross=True) for _ in range(c.fusion_layers))
 
     def forward(self, x, starts, context, context_starts, memory=None, rows=None, sources=None):
         """x (T, D) and starts: texts. -> states of all query sequences (T', D), or of `rows` (R, D)."""
@@ -294,7 +293,7 @@ class Fusion(nn.Module):
 
 
 class WordHead(nn.Module):
-    """Masked LM's head up to the decoder's input; weight and bias belong to the decoder. tied: the weight is the embedding."""
+    """Masked LM's head up to the decoder's input; weight and bias are the decoder's. tied: weight is the embedding."""
 
     def __init__(self, c, embedding):
         super().__init__()
@@ -311,10 +310,9 @@ class WordHead(nn.Module):
 # ------------------------------------------------------------------------------------------------------------------
 
 class CCLM(nn.Module):
-    """encode_image, encode_text, fuse: three verbs, and the parameters the losses need (temperature, itm_head, mlm_head).
-
-    `chunk` (train.py --chunk) is a gradient cache: the verbs work on that many sequences at a time and recompute each chunk in
-    the backward pass, so a small GPU gets the exact gradients of all three losses over a big batch."""
+    """encode_image, encode_text, fuse: three verbs, and parameters the losses need (temperature, itm_head, mlm_head).
+    `chunk` (train.py --chunk) is a gradient cache: the verbs work on that many sequences at a time and recompute each
+    chunk in the backward pass, so a small GPU gets the exact gradients of all three losses over a big batch."""
     chunk = None
 
     def __init__(self, config):
@@ -380,7 +378,8 @@ def init_weights(model):
     std = model.config.init_std
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.normal_(module.weight, std=std if isinstance(module, nn.Linear) else module.weight[0].numel() ** -0.5)
+            nn.init.normal_(module.weight,
+                            std=std if isinstance(module, nn.Linear) else module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in (*model.fusion.modules(), *model.itm_head):
@@ -397,13 +396,14 @@ def init_weights(model):
 
 
 def parameter_groups(model, lr, weight_decay=0.01, new=(), new_lr=2.0, temperature_lr=1e-4):
-    """AdamW's groups: no decay for vectors and scalars (biases, norms, layer scale, temperature); names in `new` learn at
-    new_lr times the rate (F4.1). The temperature has a rate of its own: at the trunk's it runs into its clamp in 30 steps."""
+    """AdamW's groups: no decay for vectors and scalars (biases, norms, layer scale, temperature); names in `new` learn
+    at new_lr times the rate (F4.1). The temperature has its own rate: at the trunk's it hits its clamp in 30 steps."""
     groups = {}
     for name, p in model.named_parameters():
         rate = min(temperature_lr, lr) if name.endswith("temperature") else lr * (new_lr if name in new else 1.0)
         groups.setdefault((rate, weight_decay if p.ndim >= 2 else 0.0), []).append(p)
-    return [{"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    return [{"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+            for (rate, decay), params in groups.items()]
 
 
 def build(preset="demo", **changes):

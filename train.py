@@ -5,16 +5,16 @@
     python train.py --no-parallel_text --out out/ablation       image-text alone: what the parallel text is worth
     python train.py --explain                                   one example through every station, with real numbers
 
-One step is one image-text batch and one parallel-text batch through one model, the sum of both streams' losses, one backward and
-one update. out/ receives ckpt.pt, log.csv (one row per step) and results.json.
+One step is one image-text batch and one parallel-text batch through one model, the sum of both streams' losses, one
+backward and one update. out/ receives ckpt.pt, log.csv (one row per step) and results.json.
 
 Resume, the policy:
   1. If OUT/ckpt.pt exists, the same command continues from it; a finished run only evaluates. --fresh starts over.
-  2. Settings that change the result must be those of the checkpoint; else: exit status 2, naming the first that differs.
+  2. Settings that change the result must be those of the checkpoint, else exit status 2, naming the first that differs.
   3. log.csv is cut back to the checkpoint's step, so that no step stands there twice.
-  4. Promised: bitwise the same weights, optimizer and log (but for timing and memory) as the uninterrupted run, on the same
-     machine, number of processes and of threads. Not promised: bitwise equality on another number of either.
-  5. A checkpoint is written beside its place and renamed: a kill at any moment leaves the old or the new one, never half.
+  4. Promised: bitwise the same weights, optimizer and log (but for timing and memory) as the uninterrupted run, on the
+     same machine, number of processes and of threads. Not promised: bitwise equality on another number of either.
+  5. A checkpoint is written beside its place and renamed: a kill at any moment leaves the old or new one, never half.
 
 Letters: B examples per process, W processes, N = W*B per step, V vocabulary.
 """
@@ -46,59 +46,59 @@ from model import CCLM, PRESETS, Config, Fusion, View, build, parameter_groups
 from weights import load_weights, read_checkpoint, write_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------------
-# Settings
+# Settings (the FREE ones may differ on resume)
 # ------------------------------------------------------------------------------------------------------------------
 
-FREE = {"out", "stop_after", "save_every", "log_every", "keep", "fresh", "eval", "explain", "workers", "compile"}      # may differ on resume
+FREE = {"out", "stop_after", "save_every", "log_every", "keep", "fresh", "eval", "explain", "workers", "compile"}
 
 
 def settings(argv=None):
-    """The command line. Every field of model.Config is a flag too (None: what the preset says)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    """The command line. Every field of model.Config is a flag too."""
+    style = type("", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
+    parser, on_off = argparse.ArgumentParser(description=__doc__, formatter_class=style), argparse.BooleanOptionalAction
     run = parser.add_argument_group("run")
-    run.add_argument("--out", default="out", help="folder for ckpt.pt, log.csv and results.json (default: %(default)s)")
-    run.add_argument("--steps", type=int, default=1500, help="length of the schedule (default: %(default)s)")
+    run.add_argument("--out", default="out", help="folder for ckpt.pt, log.csv and results.json")
+    run.add_argument("--steps", type=int, default=1500, help="length of the schedule")
     run.add_argument("--stop_after", type=int, metavar="N", help="stop cleanly after step N of the same schedule")
-    run.add_argument("--seed", type=int, default=0, help="of weights, data and dropout (default: %(default)s)")
-    run.add_argument("--save_every", type=int, default=500, help="steps between checkpoints; the last is always saved (default: %(default)s)")
-    run.add_argument("--keep", type=int, default=0, help="earlier checkpoints to keep as ckpt_STEP.pt (default: %(default)s)")
-    run.add_argument("--log_every", type=int, default=50, help="steps between printed lines (default: %(default)s)")
+    run.add_argument("--seed", type=int, default=0, help="of weights, data and dropout")
+    run.add_argument("--save_every", type=int, default=500, help="steps between checkpoints; the last is always saved")
+    run.add_argument("--keep", type=int, default=0, help="earlier checkpoints to keep as ckpt_STEP.pt")
+    run.add_argument("--log_every", type=int, default=50, help="steps between printed lines")
     run.add_argument("--fresh", action="store_true", help="start over although OUT holds a checkpoint")
-    run.add_argument("--eval", action=on_off, default=True, help="evaluate on the demo's test sets at the end (default: on)")
+    run.add_argument("--eval", action=on_off, default=True, help="evaluate on the demo's test sets at the end")
     run.add_argument("--explain", action="store_true", help="show one example at every station and exit")
-    run.add_argument("--workers", type=int, default=1, help="processes per process that prepare batches; 0: none (default: %(default)s)")
-    run.add_argument("--checkpointing", action="store_true", help="keep no activations inside layers: slower, less memory")
-    run.add_argument("--chunk", type=int, metavar="N", help="gradient cache: N sequences at a time, exact gradients of the whole batch")
+    run.add_argument("--workers", type=int, default=1, help="processes per process that prepare batches; 0: none")
+    run.add_argument("--checkpointing", action="store_true", help="keep no activations in layers: slower, less memory")
+    run.add_argument("--chunk", type=int, metavar="N", help="gradient cache: N sequences at a time, exact gradients")
     run.add_argument("--compile", action="store_true", help="torch.compile the two encoders and the fusion encoder")
     what = parser.add_argument_group("data and losses")
-    what.add_argument("--data", default="demo", choices=["demo"], help="the built-in emoji (default: %(default)s)")
-    what.add_argument("--batch", type=int, default=128, help="image-caption pairs per step, all processes together (default: %(default)s)")
-    what.add_argument("--text_batch", type=int, default=128, help="sentence pairs per step (default: %(default)s)")
-    what.add_argument("--scenes", type=float, default=0.25, help="demo: scenes per single emoji (default: %(default)s)")
-    what.add_argument("--text_scenes", type=float, default=0.2, help="the same in the parallel text (default: %(default)s)")
-    what.add_argument("--keywords", type=float, default=0.1, help="demo: share of single emoji captioned by keywords (default: %(default)s)")
-    what.add_argument("--mask_probability", type=float, default=0.15, help="share of words hidden; the paper's is 0.4 (default: %(default)s)")
-    what.add_argument("--parallel_text", action=on_off, default=True, help="train on the second stream (default: on)")
-    what.add_argument("--match", action=on_off, default=True, help="the match loss (default: on)")
-    what.add_argument("--condition", action=on_off, default=True, help="predict masked words while looking at the other view (default: on)")
-    what.add_argument("--shared_fusion", action=on_off, default=True, help="one fusion encoder for both streams (default: on)")
+    what.add_argument("--data", default="demo", choices=["demo"], help="the built-in emoji")
+    what.add_argument("--batch", type=int, default=128, help="image-caption pairs per step, all processes together")
+    what.add_argument("--text_batch", type=int, default=128, help="sentence pairs per step")
+    what.add_argument("--scenes", type=float, default=0.25, help="demo: scenes per single emoji")
+    what.add_argument("--text_scenes", type=float, default=0.2, help="the same in the parallel text")
+    what.add_argument("--keywords", type=float, default=0.1, help="demo: share of single emoji captioned by keywords")
+    what.add_argument("--mask_probability", type=float, default=0.15, help="share of words hidden; the paper's is 0.4")
+    what.add_argument("--parallel_text", action=on_off, default=True, help="train on the second stream")
+    what.add_argument("--match", action=on_off, default=True, help="the match loss")
+    what.add_argument("--condition", action=on_off, default=True, help="masked words look at the other view")
+    what.add_argument("--shared_fusion", action=on_off, default=True, help="one fusion encoder for both streams")
     for name in ("contrast", "match", "mask"):
-        what.add_argument(f"--{name}_weight", type=float, default=1.0, help="weight of this loss (default: %(default)s)")
+        what.add_argument(f"--{name}_weight", type=float, default=1.0, help="weight of the loss")
     how = parser.add_argument_group("optimizer")
-    how.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    how.add_argument("--fusion_lr", type=float, default=2.0, help="times --lr: fusion encoder and match head (default: %(default)s)")
-    how.add_argument("--temperature_lr", type=float, default=3e-4, help="peak rate of the temperature (default: %(default)s)")
-    how.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up (default: %(default)s)")
-    how.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's, not on vectors (default: %(default)s)")
-    how.add_argument("--clip", type=float, default=1.0, help="global gradient norm (default: %(default)s)")
+    how.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    how.add_argument("--fusion_lr", type=float, default=2.0, help="rate of fusion encoder and match head, times --lr")
+    how.add_argument("--temperature_lr", type=float, default=3e-4, help="peak rate of the temperature")
+    how.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
+    how.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's, not on vectors")
+    how.add_argument("--clip", type=float, default=1.0, help="global gradient norm")
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", default="demo", choices=PRESETS, help="model size (default: %(default)s)")
+    model.add_argument("--preset", default="demo", choices=PRESETS, help="model size")
     model.add_argument("--init", metavar="CKPT", help="start from this checkpoint's weights and tokenizer")
     for field in fields(Config):
         if field.name != "vocabulary":
             kind = {"action": on_off} if field.type is bool else {"type": field.type}
-            model.add_argument(f"--{field.name}", **kind, help="(default: the preset's)")
+            model.add_argument(f"--{field.name}", **kind, help="None: the preset's")
     return parser.parse_args(argv)
 
 
@@ -142,7 +142,7 @@ def precision(device):
 def peak_flops(device):
     """What this device's matrix product reaches in the training precision, measured: 2048^3, best of five -> FLOP/s."""
     dtype, best = precision(device)[0], float("inf")
-    x = torch.ones(2048, 2048, device=device, dtype=dtype)                   # random numbers would move dropout's generator
+    x = torch.ones(2048, 2048, device=device, dtype=dtype)                   # randn would move dropout's generator
     for _ in range(5):
         start = time.perf_counter()
         (x @ x).sum().item()
@@ -156,9 +156,10 @@ class Objective(nn.Module):
     def __init__(self, model, args):
         super().__init__()
         self.model, self.args = model, args
-        self.weights = {"contrast": args.contrast_weight, "match": args.match_weight if args.match else 0.0, "mask": args.mask_weight}
+        self.weights = {"contrast": args.contrast_weight, "match": args.match_weight if args.match else 0.0,
+                        "mask": args.mask_weight}
         self.text_fusion = None
-        if not args.shared_fusion and args.parallel_text:                    # ablation: a second fusion encoder for text-text
+        if not args.shared_fusion and args.parallel_text:                    # ablation: a second Fusion for text-text
             self.text_fusion = Fusion(model.config)
             self.text_fusion.load_state_dict(model.fusion.state_dict())      # the same start for both
 
@@ -171,16 +172,16 @@ class Objective(nn.Module):
         caption, hidden, *texts = self.encode(batches)
         picture = model.encode_image(data.normalise(image["images"]), image["ids"])
         options = {"weights": self.weights, "condition": self.args.condition}
-        losses = {"image": cross_view(model, picture, caption._replace(ids=image["ids"]), hidden.states, image["masked"].rows,
-                                      image["masked"].truth, seed, **options)}
+        losses = {"image": cross_view(model, picture, caption._replace(ids=image["ids"]), hidden.states,
+                                      image["masked"].rows, image["masked"].truth, seed, **options)}
         if pair:
             a, b, hidden = texts
-            losses["text"] = cross_view(self.text_model(), a._replace(ids=pair["ids"]), b._replace(ids=pair["ids"]), hidden.states,
-                                        pair["masked"].rows, pair["masked"].truth, seed + 1, **options)
+            losses["text"] = cross_view(self.text_model(), a._replace(ids=pair["ids"]), b._replace(ids=pair["ids"]),
+                                        hidden.states, pair["masked"].rows, pair["masked"].truth, seed + 1, **options)
         return losses | {"loss": sum(stream["loss"] for stream in losses.values())}
 
     def encode(self, batches):
-        """Several packed batches of sentences in ONE pass through the text encoder: one look-up, one embedding gradient."""
+        """Several packed batches of sentences in ONE pass of the text encoder: one look-up, one embedding gradient."""
         words = torch.cat([s.words for s in batches])
         lengths = torch.cat([s.starts.diff() for s in batches])
         view = self.model.encode_text(words, running(lengths), lengths)
@@ -192,8 +193,8 @@ class Objective(nn.Module):
         if self.text_fusion is None:
             return self.model
         m = self.model
-        return SimpleNamespace(fuse=functools.partial(m.fuse, fusion=self.text_fusion), itm_head=m.itm_head, mlm_head=m.mlm_head,
-                               temperature=m.temperature)
+        return SimpleNamespace(fuse=functools.partial(m.fuse, fusion=self.text_fusion), itm_head=m.itm_head,
+                               mlm_head=m.mlm_head, temperature=m.temperature)
 
 
 def lr_at(step, args):
@@ -202,12 +203,12 @@ def lr_at(step, args):
 
 
 def step_flops(objective, images, words, fused, rows, hidden):
-    """FLOPs of the linear layers, forward and backward (attention's own products, a few percent, are left out): 6 per parameter and
-    token it multiplies."""
+    """FLOPs of linear layers, forward and backward: 6 per parameter and token; not attention's products (a few %)."""
     m, size = objective.model, lambda module: sum(p.numel() for p in module.parameters() if p.ndim >= 2)
     last = size(m.fusion.layers[-1])
-    return 6 * (images * (m.config.image_size // m.config.patch_size) ** 2 * size(m.vision) + words * size(m.text.layers)
-                + fused * (size(m.fusion) - last) + rows * last + hidden * m.mlm_head.weight.numel())
+    return 6 * (images * (m.config.image_size // m.config.patch_size) ** 2 * size(m.vision)
+                + words * size(m.text.layers) + fused * (size(m.fusion) - last) + rows * last
+                + hidden * m.mlm_head.weight.numel())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -224,23 +225,24 @@ def save(run, step, args):
     if rank == 0:
         extra = {} if run.objective.text_fusion is None else {"text_fusion": run.objective.text_fusion.state_dict()}
         config = {"model": asdict(run.objective.model.config), "train": vars(args)}
-        write_checkpoint(run.path, {"model": run.objective.model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": step,
-                                    "rng": rng, "config": config, "tokenizer": run.tokenizer.model} | extra, args.keep)
+        write_checkpoint(run.path, {
+            "model": run.objective.model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": step,
+            "rng": rng, "config": config, "tokenizer": run.tokenizer.model} | extra, args.keep)
 
 
 def compare(args, saved, path):
     """Policy 2: ValueError that names the first setting that differs from the checkpoint's."""
     for name, value in vars(args).items():
         if name not in FREE and saved.get(name) != value:
-            raise ValueError(f"{path} was trained with --{name} {saved.get(name)}, not {value}: repeat that setting, choose "
-                             f"another --out, or start over with --fresh")
+            raise ValueError(f"{path} was trained with --{name} {saved.get(name)}, not {value}: repeat that setting, "
+                             f"choose another --out, or start over with --fresh")
 
 
 class Log:
-    """out/log.csv: a row per step, written through at once, cut back to `step` on resume (policy 3). Only rank 0 writes."""
-    COLUMNS = ["step", "lr", "loss", *(f"{s}_{n}" for s in ("image", "text") for n in ("contrast", "match", "mask")), "temperature",
-               *(f"norm_{t}" for t in ("all", "vision", "text", "fusion", "heads")), "skipped", "cut",
-               "seconds", "images_per_s", "sentences_per_s", "utilisation", "memory_mb"]      # timing and memory last: not bitwise
+    """out/log.csv: a row per step, written at once, cut back to `step` on resume (policy 3). Only rank 0 writes."""
+    COLUMNS = ["step", "lr", "loss", *(f"{s}_{n}" for s in ("image", "text") for n in ("contrast", "match", "mask")),
+               "temperature", *(f"norm_{t}" for t in ("all", "vision", "text", "fusion", "heads")), "skipped", "cut",
+               "seconds", "images_per_s", "sentences_per_s", "utilisation", "memory_mb"]  # timing, memory: not bitwise
 
     def __init__(self, path, step):
         self.path, rows = path, []
@@ -277,13 +279,14 @@ def tower_norms(objective):
     towers = {"vision": [], "text": [], "fusion": [], "heads": []}
     for name, p in objective.named_parameters():
         part = name.removeprefix("model.").split(".")[0]
-        towers[{"text_fusion": "fusion"}.get(part, part) if part in (*towers, "text_fusion") else "heads"].append(p.grad)
+        towers[{"text_fusion": "fusion"}.get(part, part) if part in (*towers, "text_fusion")
+               else "heads"].append(p.grad)
     norms = {name: nn.utils.get_total_norm(grads) for name, grads in towers.items()}
     return {"all": torch.stack(list(norms.values())).norm()} | norms
 
 
 def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopping):
-    """Forward, backward, update -> (row of numbers for the log, was it skipped, shall we stop). Every process decides the same."""
+    """Forward, backward, update -> (row for the log, was it skipped, shall we stop). Every process decides the same."""
     image, pair = batch
     factor = lr_at(step, args)
     for group in optimizer.param_groups:
@@ -303,14 +306,15 @@ def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopp
         optimizer.step()
     names = [(s, n) for s in ("image", "text") if s in losses for n in ("contrast", "match", "mask")]
     values = total(torch.stack([losses["loss"]] + [losses[s][n] for s, n in names])) / world()[1]
-    row = {"step": step + 1, "lr": args.lr * factor, "loss": values[0].item(), "temperature": objective.model.temperature.item(),
+    row = {"step": step + 1, "lr": args.lr * factor, "loss": values[0].item(),
+           "temperature": objective.model.temperature.item(),
            **{f"{s}_{n}": v for (s, n), v in zip(names, values[1:].tolist())},
            **{f"norm_{k}": v.item() for k, v in norms.items()}}
     return row, bool(skipped), bool(stop)
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The run
+# The run, from start to finish
 # ------------------------------------------------------------------------------------------------------------------
 
 def say(text):
@@ -320,7 +324,7 @@ def say(text):
 
 
 def prepare(args, device):
-    """Everything a run needs, new or from a checkpoint -> SimpleNamespace(objective, optimizer, tokenizer, step, batches)."""
+    """All a run needs, new or from a checkpoint -> SimpleNamespace(objective, optimizer, tokenizer, step, batches)."""
     out, (rank, W) = pathlib.Path(args.out), world()
     path = out / "ckpt.pt"
     state = read_checkpoint(path) if path.exists() and not args.fresh else None
@@ -358,8 +362,7 @@ def prepare(args, device):
                            step=state["step"] if state else 0, path=path)
 
 
-def outlive_sigterm(worker):
-    """A SIGTERM to the process group is for us: workers stay until the loop has saved and ended."""
+def outlive_sigterm(worker):     # a SIGTERM to the process group is for the loop: workers stay until it saved and ended
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -372,15 +375,16 @@ def train(args, device, run):
     wrapped = nn.parallel.DistributedDataParallel(objective) if W > 1 else objective
     dtype, reason = precision(device)
     peak = peak_flops(device)
-    say(f"{sum(p.numel() for p in objective.parameters()):,} parameters, vocabulary {run.tokenizer.size:,}, {W} process(es), {device}, "
-        f"{torch.get_num_threads()} threads, {dtype} because {reason}, matrix products reach {peak / 1e9:.0f} GFLOP/s")
+    say(f"{sum(p.numel() for p in objective.parameters()):,} parameters, vocabulary {run.tokenizer.size:,}, "
+        f"{W} process(es), {device}, {torch.get_num_threads()} threads, {dtype} because {reason}, "
+        f"matrix products reach {peak / 1e9:.0f} GFLOP/s")
     log = Log(pathlib.Path(args.out) / "log.csv", step) if world()[0] == 0 else None
     stopping = []
     before = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    loader = torch.utils.data.DataLoader(run.batches, batch_size=None, sampler=range(step, last), num_workers=args.workers,
-                                         prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda",
-                                         generator=torch.Generator(),        # else it would draw from dropout's
-                                         worker_init_fn=outlive_sigterm)
+    loader = torch.utils.data.DataLoader(
+        run.batches, batch_size=None, sampler=range(step, last), num_workers=args.workers,
+        prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda",
+        generator=torch.Generator(), worker_init_fn=outlive_sigterm)         # generator: else it draws from dropout's
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     bar = tqdm(total=args.steps, initial=step, disable=world()[0] > 0 or not sys.stderr.isatty(), unit="step")
     objective.train()
@@ -398,8 +402,8 @@ def train(args, device, run):
             say(line(row, args, math.log(run.tokenizer.size)))
         bar.update()
         if in_a_row == 10:
-            raise ValueError(f"loss or gradient was not finite in steps {step - 9} to {step}: lower --lr; the last batch held "
-                             f"{run.tokenizer.words(batch[0]['b'].words[:20])} ...")
+            raise ValueError(f"loss or gradient was not finite in steps {step - 9} to {step}: lower --lr; "
+                             f"the last batch held {run.tokenizer.words(batch[0]['b'].words[:20])} ...")
         if step % args.save_every == 0 or step == last or stop:
             save(run, step, args)
         if stop:
@@ -414,17 +418,19 @@ def speed(objective, batch, seconds, peak):
     """Throughput of one step on all processes, and the share of the measured matrix-product speed that it used."""
     image, pair = batch
     words = sum(len(s.words) for s in (image["b"], image["masked"]))
-    fused, rows, hidden = 4 * len(image["b"].words), 3 * len(image["ids"]) + len(image["masked"].rows), len(image["masked"].rows)
+    fused, rows, hidden = (4 * len(image["b"].words), 3 * len(image["ids"]) + len(image["masked"].rows),
+                           len(image["masked"].rows))
     if pair:
         words += sum(len(s.words) for s in (pair["a"], pair["b"], pair["masked"]))
         fused, rows = fused + 4 * len(pair["b"].words), rows + 3 * len(pair["ids"]) + len(pair["masked"].rows)
         hidden += len(pair["masked"].rows)
     flops = step_flops(objective, len(image["ids"]), words, fused, rows, hidden)
     sentences = world()[1] * len(pair["ids"]) if pair else 0
-    memory = (torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if platform.system() == "Darwin" else 2 ** 10))
+    memory = (torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if platform.system() == "Darwin" else 2 ** 10))
     return {"seconds": f"{seconds:.4f}", "images_per_s": f"{world()[1] * len(image['ids']) / seconds:.1f}",
-            "sentences_per_s": f"{sentences / seconds:.1f}", "utilisation": f"{flops / seconds / peak:.3f}", "memory_mb": f"{memory:.0f}"}
+            "sentences_per_s": f"{sentences / seconds:.1f}", "utilisation": f"{flops / seconds / peak:.3f}",
+            "memory_mb": f"{memory:.0f}"}
 
 
 def line(row, args, blind):
@@ -432,23 +438,20 @@ def line(row, args, blind):
     streams = [f"{s}: contrast {row[s + '_contrast']:.2f}/{math.log(n):.2f} match {row[s + '_match']:.3f}/0.637 mask "
                f"{row[s + '_mask']:.2f}/{blind:.2f}" for s, n in (("image", args.batch), ("text", args.text_batch))
                if s + "_contrast" in row]
-    return (f"step {row['step']:5}/{args.steps} | {' | '.join(streams)} | gradient {row['norm_all']:.2f} | {float(row['images_per_s']):.0f} "
-            f"images/s {float(row['sentences_per_s']):.0f} pairs/s, {100 * float(row['utilisation']):.0f} % of peak, {row['memory_mb']} MB")
+    return (f"step {row['step']:5}/{args.steps} | {' | '.join(streams)} | gradient {row['norm_all']:.2f} | "
+            f"{float(row['images_per_s']):.0f} images/s {float(row['sentences_per_s']):.0f} pairs/s, "
+            f"{100 * float(row['utilisation']):.0f} % of peak, {row['memory_mb']} MB")
 
-
-# ------------------------------------------------------------------------------------------------------------------
-# Start to finish
-# ------------------------------------------------------------------------------------------------------------------
 
 def finish(args, device, run, step):
-    """Evaluation of a finished run on the demo's test sets -> out/results.json and the table; rank 0 works, the others wait."""
+    """Evaluates a finished run on the demo's test sets -> out/results.json and the table; rank 0 works, others wait."""
     if step == args.steps and args.eval and world()[0] == 0:
         say("evaluating on the test sets ...")
         report = evaluate.demo_report(run.objective.model, run.tokenizer, device, progress=sys.stderr.isatty())
         pathlib.Path(args.out, "results.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         evaluate.print_table(report)
-        say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: python evaluate.py search --ckpt {args.out}/ckpt.pt --images DIR "
-            f'"a dog"')
+        say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: "
+            f'python evaluate.py search --ckpt {args.out}/ckpt.pt --images DIR "a dog"')
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
-"""Checkpoints in and out. One file of plain dicts and tensors, read with weights_only=True: a checkpoint cannot run code.
+"""Checkpoints in and out. One file of dicts and tensors, read with weights_only=True: a checkpoint cannot run code.
 
-    {"model": state dict, "optimizer": ..., "step": int, "rng": [one per process], "tokenizer": bytes of the sentencepiece model,
+    {"model": state dict, "optimizer": ..., "step": int, "rng": [one per process],
+     "tokenizer": bytes of the sentencepiece model,
      "config": {"model": the fields of model.Config, "train": the settings of train.py}}
 
     python weights.py out/ckpt.pt           what a checkpoint holds
@@ -15,8 +16,8 @@ from model import CCLM, Config
 
 
 def write_checkpoint(path, state, keep=0):
-    """Written beside its place, flushed to disk, then renamed: a kill at any moment, or a full disk, leaves the old file or
-    the new one. keep: how many earlier ones stay as ckpt_STEP.pt."""
+    """Written beside its place, flushed to disk, then renamed: a kill at any moment, or a full disk, leaves the old
+    file or the new one. keep: how many earlier ones stay as ckpt_STEP.pt."""
     beside = path.with_suffix(".tmp")
     with open(beside, "wb") as file:
         torch.save(state, file)
@@ -42,13 +43,14 @@ def read_checkpoint(path):
 
 
 def load_weights(model, weights, source):
-    """model.load_state_dict, but a misfit is one line: ValueError that names the first tensor that is missing or has another shape."""
+    """model.load_state_dict, but a misfit is one line: ValueError that names the first tensor that is missing or has
+    another shape."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         ours, theirs = (tuple(d[name].shape) if name in d else "absent" for d in (own, weights))
         if ours != theirs:
-            raise ValueError(f"{source} does not fit this model: {name} is {theirs} there and {ours} here; repeat its --preset and "
-                             f"model settings")
+            raise ValueError(f"{source} does not fit this model: {name} is {theirs} there and {ours} here; repeat its "
+                             f"--preset and model settings")
     model.load_state_dict(weights)
 
 
@@ -68,6 +70,7 @@ if __name__ == "__main__":
         model, state = load_model(sys.argv[1] if len(sys.argv) == 2 else "out/ckpt.pt")
     except ValueError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    print(f"step {state['step']}, {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {model.config.vocabulary:,}")
+    print(f"step {state['step']}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"vocabulary {model.config.vocabulary:,}")
     for name, value in state["config"]["model"].items():
         print(f"  {name:16}{value}")

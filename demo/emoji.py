@@ -5,8 +5,8 @@
     never in training        hi it nl uk
     training styles          noto, noto-v1, fluent-flat, emojione, fxemoji          held-out style: twemoji
 
-One drawing is 64 x 64 pixels. A scene has two to four of them and is captioned with the language's own list pattern ("fireworks,
-helmet, and old man"), so no sentence here was written by us.
+One drawing is 64 x 64 pixels. A scene has two to four of them and is captioned with the language's own list pattern
+("fireworks, helmet, and old man"), so no sentence here was written by us.
 
     python -m demo.emoji            draws the first training examples to emoji.png and prints their captions
 """
@@ -24,7 +24,7 @@ from PIL import Image
 HERE = pathlib.Path(__file__).parent
 SIZE = 64                                                                    # pixels
 CELLS = {1: [(32, 32, 64)], 2: [(16, 32, 32), (48, 32, 32)], 3: [(16, 16, 32), (48, 16, 32), (32, 48, 32)],
-         4: [(16, 16, 32), (48, 16, 32), (16, 48, 32), (48, 48, 32)]}        # centre x, y and width of each drawing of a scene
+         4: [(16, 16, 32), (48, 16, 32), (16, 48, 32), (48, 48, 32)]}        # centre x, y and width of each drawing
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -103,14 +103,15 @@ def keywords(i, language, rng):
 # Pictures
 # ------------------------------------------------------------------------------------------------------------------
 
-JITTER = {"white": 0.8, "scale": (0.85, 1.08), "turn": 0.12, "stretch": 0.12, "shift": 0.06,       # share, factor, radians, log, cells
-          "hue": 0.15, "saturation": 0.4, "contrast": 0.25, "light": 20, "grey": 0.05}              # radians, log, log, of 255, share
+JITTER = {"white": 0.8, "scale": (0.85, 1.08), "turn": 0.12, "stretch": 0.12,       # share, factor, radians, log
+          "shift": 0.06, "hue": 0.15, "saturation": 0.4, "contrast": 0.25,          # cells, radians, log, log
+          "light": 20, "grey": 0.05}                                                # of 255, share
 
 
 def draw(names, rng=None, jitter=JITTER):
-    """Drawings ['vendor/id', ...] (one to four) -> RGB image. Without rng: upright on white, as in the test sets. With rng:
-    every drawing is shifted, scaled and turned a little, the background may have any colour, and the picture's colours drift.
-    Never mirrored: hands point."""
+    """Drawings ['vendor/id', ...] (one to four) -> RGB image. Without rng: upright on white, as in the test sets. With
+    rng: every drawing is shifted, scaled and turned a little, the background may have any colour, and the picture's
+    colours drift. Never mirrored: hands point."""
     white = rng is None or rng.random() < jitter["white"]
     canvas = Image.new("RGB", (SIZE, SIZE), (255, 255, 255) if white else tuple(rng.integers(0, 256, 3).tolist()))
     for name, (x, y, width) in zip(names, CELLS[len(names)]):
@@ -131,8 +132,8 @@ def place(image, x, y, scale, turn, stretch):
     if scale < 0.7:                                                          # bilinear sampling alone would skip pixels
         image = image.reduce(2)
         a, b, d, e, half = a / 2, b / 2, d / 2, e / 2, half / 2
-    return image.transform((SIZE, SIZE), Image.Transform.AFFINE, (a, b, half - a * x - b * y, d, e, half - d * x - e * y),
-                           Image.Resampling.BILINEAR)
+    return image.transform((SIZE, SIZE), Image.Transform.AFFINE,
+                           (a, b, half - a * x - b * y, d, e, half - d * x - e * y), Image.Resampling.BILINEAR)
 
 
 def drift(image, rng, jitter):
@@ -151,8 +152,8 @@ def drift(image, rng, jitter):
 # ------------------------------------------------------------------------------------------------------------------
 
 def split(name):
-    """A fixed set to evaluate on: list of {"image": RGB image, "captions": {language: [text]}, "ids": concept ids} in all
-    25 languages; scenes also have "false_captions" {language: text}, one object swapped for another of its kind.
+    """A fixed set to evaluate on: list of {"image": RGB image, "captions": {language: [text]}, "ids": concept ids} in
+    all 25 languages; scenes also have "false_captions" {language: text}, one object swapped for another of its kind.
 
         val, val_scenes, val_concept                for every choice
         test_style      every training concept in the held-out style          test_concept    concepts never trained on

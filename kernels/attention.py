@@ -4,13 +4,14 @@ A batch of sequences is one long matrix of tokens and `starts` (B+1,): sequence 
 
     attention(q, k, v, q_starts, k_starts, memory=None, bias=None) -> (T, H, d)
         q (T, H, d); k, v (S, H, d); starts int32 on the tensors' device
-        memory (B,) or None    query sequence i attends to key sequence memory[i]; None: to its own; -1: to nothing, output 0
+        memory (B,) or None    query sequence i attends to key sequence memory[i]; None: its own; -1: nothing, output 0
         bias (H, N, N) or None BEiT-2's relative position bias, only where every sequence has N tokens
         softmax(q k^T / sqrt(d) + bias) v, for every head alone
 
-`memory` is what makes matching with hard negatives cheap: four fusion queries look at one encoded view, and its keys and values
-are neither projected nor stored four times. On a GPU the kernel never pads; on a CPU, where small matrix products are
-expensive, attention_torch pads, attends and unpads, and everything outside attention still runs on real tokens only.
+`memory` is what makes matching with hard negatives cheap: four fusion queries look at one encoded view, and its keys
+and values are neither projected nor stored four times. On a GPU the kernel never pads; on a CPU, where small matrix
+products are expensive, attention_torch pads, attends and unpads, and everything outside attention still runs on real
+tokens only.
 
 Letters: B sequences, T query tokens, S key tokens, L longest, H heads, d width of a head.
 """
@@ -27,8 +28,8 @@ from kernels import use_triton
 # ------------------------------------------------------------------------------------------------------------------
 
 class Scatter(torch.autograd.Function):
-    """Rows of x to the unique rows `where` of a zero matrix. The backward of such a copy is a plain look-up; torch's own
-    indexing would add, which is slower, and on several CPU threads not even the same twice."""
+    """Rows of x to the unique rows `where` of a zero matrix. The backward of such a copy is a plain look-up; torch's
+    own indexing would add, which is slower, and on several CPU threads not even the same twice."""
 
     @staticmethod
     def forward(ctx, x, where, rows):
@@ -61,10 +62,10 @@ def running(lengths):
 
 
 def take(starts, index):
-    """Sequences `index` (Q,) of a packed batch, in that order, repeats allowed -> (their rows (T',) int64, new starts (Q+1,))."""
+    """Sequences `index` (Q,) of a packed batch, in that order, repeats allowed -> (rows (T',) int64, starts (Q+1,))."""
     lengths = starts.diff()[index]
     new = running(lengths)
-    shift = torch.repeat_interleave(starts[index] - new[:-1], lengths)                     # host sync: how many rows there are
+    shift = torch.repeat_interleave(starts[index] - new[:-1], lengths)       # host sync: how many rows there are
     return torch.arange(len(shift), device=starts.device) + shift, new
 
 
@@ -76,8 +77,8 @@ BUCKETS = 4             # sentences of 4 and of 40 words in one padded batch: ni
 
 
 def attention_torch(q, k, v, q_starts, k_starts, memory=None, bias=None):
-    """The contract above in torch. No key is ever copied: all queries that look at one memory are put side by side, as if
-    they were one longer query sequence, since a query does not see its neighbours."""
+    """The contract above in torch. No key is ever copied: all queries that look at one memory are put side by side, as
+    if they were one longer query sequence, since a query does not see its neighbours."""
     if memory is None:
         return attend_buckets(q, k, v, q_starts, k_starts, bias)
     lengths, order = q_starts.diff(), memory.argsort(stable=True)
@@ -117,26 +118,27 @@ def padded_rows(lengths):
 
 
 def attend(q, k, v, q_where, k_where, seen, shape, bias):
-    """Attention on the padded view. fp32 and fp64 take F.scaled_dot_product_attention; 16-bit types on a CPU a plain product,
-    softmax and product, which is 2 to 6 times faster there on sentences."""
+    """Attention on the padded view. fp32 and fp64 take F.scaled_dot_product_attention; 16-bit types on a CPU a plain
+    product, softmax and product, which is 2 to 6 times faster there on sentences."""
     (B, Q, K), H = shape, q.shape[1]
     if not len(q) or not len(k):
-        return q * 0 + (k.sum() + v.sum()) * 0                                             # nobody asks, or nothing to see
+        return q * 0 + (k.sum() + v.sum()) * 0                               # nobody asks, or nothing to see
     def pad(x, where, L):
         return (x if where is None else Scatter.apply(x, where, B * L)).view(B, L, H, -1).transpose(1, 2)
-    q, k, v = pad(q, q_where, Q), pad(k, k_where, K), pad(v, k_where, K)                   # (B, H, L, d)
-    mask = bias if seen is None else seen[:, None, None]                                   # (H, Q, K), or (B, 1, 1, K) bool
+    q, k, v = pad(q, q_where, Q), pad(k, k_where, K), pad(v, k_where, K)     # (B, H, L, d)
+    mask = bias if seen is None else seen[:, None, None]                     # (H, Q, K), or (B, 1, 1, K) bool
     if q.dtype in (torch.float32, torch.float64) or q.is_cuda:
-        out = F.scaled_dot_product_attention(q, k, v, mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype))
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype))
     else:
-        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])                  # (B, H, Q, K)
+        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])    # (B, H, Q, K)
         if mask is not None:
             scores = scores + mask if seen is None else scores.masked_fill(~mask, -1e30)
-        out = scores.softmax(-1).to(q.dtype) @ v                                           # (B, H, Q, d)
+        out = scores.softmax(-1).to(q.dtype) @ v                             # (B, H, Q, d)
         if seen is not None:
-            out = out * seen.any(1)[:, None, None, None]                                   # no key at all: 0, not a mean
-    out = out.transpose(1, 2).reshape(B * Q, H, -1)                                        # (B * Q, H, d)
-    return out if q_where is None else Gather.apply(out, q_where)                          # (T, H, d)
+            out = out * seen.any(1)[:, None, None, None]                     # no key at all: 0, not a mean
+    out = out.transpose(1, 2).reshape(B * Q, H, -1)                          # (B * Q, H, d)
+    return out if q_where is None else Gather.apply(out, q_where)            # (T, H, d)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -144,11 +146,13 @@ def attend(q, k, v, q_where, k_where, seen, shape, bias):
 # ------------------------------------------------------------------------------------------------------------------
 
 def attention(q, k, v, q_starts, k_starts, memory=None, bias=None):
-    """The contract in the file's docstring, by the fastest path for the tensors' device (kernels.use_triton says which).
-    memory must stay below the number of key sequences: nothing checks it on a GPU. ValueError for a bias that does not fit."""
+    """The contract in the file's docstring, by the fastest path for the tensors' device (kernels.use_triton says
+    which). memory must stay below the number of key sequences: nothing checks it on a GPU. ValueError for a bias that
+    does not fit."""
     if bias is not None and (memory is not None or not len(q) == len(k) == (len(q_starts) - 1) * bias.shape[1]):
-        raise ValueError(f"attention: a bias {tuple(bias.shape)} needs {len(q_starts) - 1} sequences of {bias.shape[1]} tokens "
-                         f"that attend to themselves (no memory), not {len(q)} queries and {len(k)} keys")
+        raise ValueError(f"attention: a bias {tuple(bias.shape)} needs {len(q_starts) - 1} sequences of "
+                         f"{bias.shape[1]} tokens that attend to themselves (no memory), "
+                         f"not {len(q)} queries and {len(k)} keys")
     if use_triton(q) and q.shape[2] % 16 == 0 and q.shape[2] <= 128:
         from kernels.attention_triton import attention_triton
         return attention_triton(q, k, v, q_starts, k_starts, memory, bias)

@@ -230,8 +230,8 @@ def common(kernel, q, k, v, bias):
                 **precision(q.dtype), **tiles(kernel, q.dtype, width), enable_fp_fusion=True)
 
 
-# custom_op and not triton_op: torch.compile takes the op as it is, so a test in the interpreter covers it. Through triton_op it
-# would trace into the kernels, which interpreted kernels do not allow, and find nothing to fuse them with.
+# custom_op and not triton_op: torch.compile takes the op as it is, so a test in the interpreter covers it. Through
+# triton_op it would trace into the kernels, which interpreted kernels do not allow, and find nothing to fuse them with.
 
 @torch.library.custom_op("cclm::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, memory: Tensor,

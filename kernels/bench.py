@@ -31,8 +31,8 @@ import kernels
 from kernels import interpreting, triton_installed
 from kernels.attention import attention
 from kernels.contrastive import contrastive
-from kernels.reference import (ALLOWED, DTYPES, attention_errors, contrast_errors, contrast_loss, random_attention,
-                               random_contrast)
+from kernels.reference import (ALLOWED, DTYPES, attention_both, contrast_errors, contrast_loss, random_attention,
+                               random_contrast, relative)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -41,19 +41,22 @@ from kernels.reference import (ALLOWED, DTYPES, attention_errors, contrast_error
 
 def print_errors(device: str, quick: bool):
     where = "kernels in the interpreter" if interpreting() else "kernels" if device == "cuda" else "torch on a CPU"
-    print(f"\nerrors against float64: {where}; of attention by the largest |reference| of a matrix, and by every element's own\n"
-          "\n| dtype | allowed | attention | by element | cases | contrast, by element | cases |\n|---|---|---|---|---|---|---|")
+    print(f"\nerrors against float64: {where}; of attention by the largest |reference| of a matrix, "
+          "and by every element's own\n"
+          "\n| dtype | allowed | attention | by element | cases | contrast, by element | cases |\n"
+          "|---|---|---|---|---|---|---|")
     for name, dtype in DTYPES.items():
         if name == "fp64" and device == "cuda":
             continue                                                                   # the kernels leave it to torch
         seeds = range(3 if quick else 50)
         shapes = [(1, 1, 0), (70, 150, 33), (300, 300, 0), (600, 600, 0)][:3 if quick else 4]
-        attend, each = ([attention_errors(random_attention(4 * s + i, dtype, device), each=each) for i, s in enumerate(seeds)]
-                        for each in (False, True))
+        both = [attention_both(random_attention(4 * s + i, dtype, device)) for i, s in enumerate(seeds)]
+        attend, each = ([relative(*x, each) for x in both] for each in (False, True))
         contrast = [contrast_errors(random_contrast(i, *shape, t, dtype, device)) for i, shape in enumerate(shapes)
                     for t in (0.5, 0.07, 0.02)]
         worst = [f"{max(max(errors.values()) for errors in table):.1e}" for table in (attend, each, contrast)]
-        print(f"| {name} | {ALLOWED[name]:.0e} | {worst[0]} | {worst[1]} | {len(attend)} | {worst[2]} | {len(contrast)} |")
+        print(f"| {name} | {ALLOWED[name]:.0e} | {worst[0]} | {worst[1]} | {len(attend)} "
+              f"| {worst[2]} | {len(contrast)} |")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -260,7 +263,8 @@ def roofline(flops: float, size: float) -> str:
 def print_gpu():
     def matrices(*shape):
         return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    print("\nEvery time includes its launches, as a training step does. GFLOP counts what the kernels compute, scores twice in the\n"
+    print("\nEvery time includes its launches, as a training step does. GFLOP counts what the kernels compute, "
+          "scores twice in the\n"
           "backward pass included, so the roofline is that of this algorithm; MB counts every matrix once.\n"
           "\nattention, bf16, forward + backward, ms (12 heads of 64)\n\n| sequences | kernel | SDPA, padded | "
           "varlen_attn | GFLOP | MB | roofline |\n|---|---|---|---|---|---|---|")
@@ -269,7 +273,7 @@ def print_gpu():
         starts, T, L = F.pad(lengths.cumsum(0), (1, 0)).int().cuda(), int(lengths.sum()), int(lengths.max())
         (q, k, v), padded = matrices(T, 12, 64), matrices(len(lengths), 12, L, 64)
         mask = (torch.arange(L) < lengths[:, None])[:, None, None].cuda()
-        mask = None if bool((lengths == L).all()) else mask                            # with a mask SDPA may not take flash
+        mask = None if bool((lengths == L).all()) else mask                            # masked, SDPA may not take flash
         def both(out, *inputs):
             torch.autograd.grad(out.sum(), inputs)
         def varlen():

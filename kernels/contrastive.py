@@ -240,8 +240,8 @@ def contrastive(a, b_all, temperature, a_ids, b_ids, first_row: int, seed):
     a (B, E), b_all (N, E), any float type; temperature: a tensor without dimensions, > 0; a_ids (B, 2), b_ids (N, 2)
     int64; seed: int, or None: draw nothing, wrong_a = wrong_b = None. row_lse, column_lse and positives are float32
     (float64 for float64) and differentiable in a, b_all and temperature. The kernels take E up to MAX_EMBEDDING, torch
-    any. Under CUDA autocast the kernels round float32 vectors to autocast's 16 bits, for the tensor cores; the torch path
-    keeps float32, so there the two may draw different partners. ValueError when the shapes do not fit."""
+    any. Under CUDA autocast the kernels round float32 vectors to autocast's 16 bits, for the tensor cores; the torch
+    path keeps float32, so there the two may draw different partners. ValueError when the shapes do not fit."""
     if not (a_ids.shape == (len(a), 2) and b_ids.shape == (len(b_all), 2) and 0 <= first_row <= len(b_all) - len(a)):
         raise ValueError(f"contrastive: {len(a)} rows with ids {tuple(a_ids.shape)} from column {first_row} do not fit "
                          f"{len(b_all)} columns with ids {tuple(b_ids.shape)}: ids are (B, 2) and (N, 2)")

@@ -62,16 +62,15 @@ def attention_case(g, q_lengths, k_lengths, memory, bias: bool, H: int, d: int, 
 
 
 def shared_attention(dtype, device="cpu", moat: int = 0):
-    """One fixed case with what a random one may lack: several sequences, one of them empty, read the same keys, in more than
-    one block; keys that nobody reads lie between; the last sequence reads nothing; d = 48 is no power of two."""
+    """One fixed case with what a random one may lack: several sequences, one of them empty, read the same keys, in more
+    than one block; keys that nobody reads lie between; the last sequence reads nothing; d = 48 is no power of two."""
     lengths = [torch.tensor(x) for x in ([5, 0, 40, 150, 7], [150, 30, 9])]
-    return attention_case(torch.Generator().manual_seed(0), *lengths, torch.tensor([0, 2, 0, 2, -1]), False, 2, 48, dtype,
-                          device, moat)
+    return attention_case(torch.Generator().manual_seed(0), *lengths, torch.tensor([0, 2, 0, 2, -1]), False, 2, 48,
+                          dtype, device, moat)
 
 
-def attention_errors(case, run=attention, each: bool = False) -> dict:
-    """-> of the output and every gradient: max |x - reference| / max(max |reference|, 1e-3 |incoming gradient|). each:
-    every element by its own |reference|: then a small sum of large terms counts as wrong, which 16 bits cannot avoid."""
+def attention_both(case, run=attention):
+    """-> {"out", "dq", "dk", "dv", "dbias": (result, dense float64 reference)}, and the incoming gradient's norm"""
     inputs = [x for x in (*case[:3], case[6]) if x is not None]
     out = run(*case)
     incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(out)
@@ -80,10 +79,19 @@ def attention_errors(case, run=attention, each: bool = False) -> dict:
     starts, memory = [x.cpu() for x in case[3:5]], case[5] if case[5] is None else case[5].cpu()
     out = attention_dense(*exact[:3], *starts, memory, *exact[3:])
     references = [out, *torch.autograd.grad(out, exact, incoming.double().cpu())]
-    floor = max(1e-3 * incoming.double().norm().item(), 1e-300)
-    size = lambda y: (y.abs() if each else y.abs().amax()).clamp(min=floor)
-    return {name: ((x.double().cpu() - y).abs() / size(y)).max().item() if y.numel() else 0.0
-            for name, x, y in zip(("out", "dq", "dk", "dv", "dbias"), results, references)}
+    pairs = zip((x.detach().double().cpu() for x in results), references)
+    return dict(zip(("out", "dq", "dk", "dv", "dbias"), pairs)), incoming.double().norm().item()
+
+
+def relative(pairs, incoming: float, each: bool = False) -> dict:
+    """-> for every pair: max |x - reference| / max(max |reference|, 1e-3 |incoming gradient|). each: every element by
+    its own |reference|; then a small sum of large terms counts as wrong, which 16 bits cannot avoid."""
+    size = lambda y: (y.abs() if each else y.abs().amax()).clamp(min=max(1e-3 * incoming, 1e-300))
+    return {name: ((x - y).abs() / size(y)).max().item() if y.numel() else 0.0 for name, (x, y) in pairs.items()}
+
+
+def attention_errors(case, run=attention) -> dict:
+    return relative(*attention_both(case, run))
 
 
 def random_contrast(seed: int, B: int, N: int, first_row: int, temperature: float, dtype, device="cpu", E: int = 32):

@@ -1,5 +1,6 @@
-"""A plain padded CCLM, written from the paper with the parameters of our packed one: (B, L, D) tensors, key masks, one fusion pass
-per kind of pair, every row through every layer. Slow and obvious; the packed model must give the same numbers."""
+"""A plain padded CCLM, written from the paper with the parameters of our packed one: (B, L, D) tensors, key masks, one
+fusion pass per kind of pair, every row through every layer. Slow and obvious; the packed model must give the same
+numbers."""
 import math
 
 import torch
@@ -76,7 +77,7 @@ def fuse(model, x, mask, context, context_mask):
 
 
 def cross_view(model, a, a_mask, a_vectors, b, b_mask, b_vectors, masked, hidden, truth, ids, wrong):
-    """Losses of one process. a (B, S, D), b and masked (B, L, D); hidden (B, L) bool; truth (M,); wrong: two (B,) lists."""
+    """Losses of a process. a (B, S, D), b, masked (B, L, D); hidden (B, L) bool; truth (M,); wrong: two (B,) lists."""
     logits = a_vectors @ b_vectors.T / model.temperature
     drop = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool)
     logits, target = logits.masked_fill(drop, -torch.inf), torch.arange(len(ids))

@@ -52,7 +52,8 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys, content):
 
 
 def test_a_missing_init_is_refused(tmp_path, capsys):
-    refused(capsys, lambda: train.main(["--out", str(tmp_path), "--init", str(tmp_path / "none.pt")]), "none.pt", "no such checkpoint")
+    refused(capsys, lambda: train.main(["--out", str(tmp_path), "--init", str(tmp_path / "none.pt")]),
+            "none.pt", "no such checkpoint")
 
 
 def test_a_malicious_pickle_is_not_run(tmp_path, capsys):
@@ -68,10 +69,12 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, capsys, tokenizer):
     model = CCLM(build("demo", width=32, vocabulary=tokenizer.size))
     weights.write_checkpoint(tmp_path / "a.pt", {"model": model.state_dict(), "step": 1, "tokenizer": tokenizer.model,
                                                  "config": {"model": {"width": 32}, "train": {}}})
-    refused(capsys, lambda: train.main(["--out", str(tmp_path), "--init", str(tmp_path / "a.pt")]), "a.pt", "does not fit")
+    refused(capsys, lambda: train.main(["--out", str(tmp_path), "--init", str(tmp_path / "a.pt")]),
+            "a.pt", "does not fit")
 
 
-@pytest.mark.parametrize("flags, said", [(["--batch", "0"], "--batch"), (["--width", "66", "--vision_heads", "4", "--no-stem"], "multiple of 4 heads"),
+@pytest.mark.parametrize("flags, said", [(["--batch", "0"], "--batch"),
+                                         (["--width", "66", "--vision_heads", "4", "--no-stem"], "multiple of 4 heads"),
                                          (["--patch_size", "24", "--no-stem"], "patch size 24")])
 def test_settings_that_cannot_work_are_refused(tmp_path, capsys, flags, said):
     refused(capsys, lambda: train.main(["--out", str(tmp_path), *flags]), said)
@@ -79,7 +82,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path, capsys, flags, said):
 
 def test_ten_steps_that_are_not_finite_stop_the_run(tmp_path, capsys):
     """The weights are never touched by such a step; the message names the steps and the batch's words."""
-    tiny = "--width 32 --vision_layers 1 --batch 4 --text_batch 4 --steps 30 --workers 0 --no-eval --contrast_weight inf".split()
+    tiny = ("--width 32 --vision_layers 1 --batch 4 --text_batch 4 --steps 30 --workers 0 --no-eval "
+            "--contrast_weight inf").split()
     refused(capsys, lambda: train.main(["--out", str(tmp_path), *tiny]), "not finite", "1 to 10", "<s>")
 
 
@@ -91,6 +95,7 @@ def test_results_have_the_documented_form(tmp_path):
     model = CCLM(build("demo", width=32, vocabulary=tokenizer.size))
     report = json.loads(json.dumps(evaluate.demo_report(model, tokenizer, "cpu", sets=("test_concept",))))
     for scores in (report["test_concept"]["hi"], report["groups"]["test_concept"]["never"]):
-        for key in ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10", "reranked_t2i_r1", "reranked_i2t_r1", "n"):
+        for key in ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10",
+                    "reranked_t2i_r1", "reranked_i2t_r1", "n"):
             assert 0 <= scores[key] <= 100
     assert set(report["groups"]["test_concept"]) == {"seen", "text_only", "never"} and len(report["test_concept"]) == 25

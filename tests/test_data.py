@@ -12,7 +12,8 @@ from demo import emoji
 
 def test_ids_are_laid_out_as_in_xlm_r(tokenizer):
     ids = tokenizer.encode("red apple")
-    assert ids[0] == data.BOS == 0 and ids[-1] == data.EOS == 2 and tokenizer.mask == tokenizer.size - 1 == len(tokenizer.pieces) + 1
+    assert (ids[0] == data.BOS == 0 and ids[-1] == data.EOS == 2 and
+            tokenizer.mask == tokenizer.size - 1 == len(tokenizer.pieces) + 1)
     assert [i - 1 for i in ids[1:-1]] == tokenizer.pieces.encode("red apple")
     assert tokenizer.pieces.decode([i - 1 for i in ids[1:-1]]) == "red apple"
     assert tokenizer.words([0, 2, tokenizer.mask]) == ["<s>", "</s>", "<mask>"]
@@ -36,9 +37,11 @@ def test_masking_hides_only_words_and_as_many_as_stated(tokenizer):
         assert len(hidden) == 12 and hidden == sorted(set(hidden)) and masked[0] == 0 and masked[-1] == 2
         for i, (old, new) in enumerate(zip(ids, masked)):
             assert old == new or (i in hidden and new > data.UNKNOWN)
-        kinds.update("mask" if masked[i] == tokenizer.mask else "same" if masked[i] == ids[i] else "other" for i in hidden)
+        kinds.update("mask" if masked[i] == tokenizer.mask else "same" if masked[i] == ids[i] else "other"
+                     for i in hidden)
         n += len(hidden)
-    assert abs(kinds["mask"] / n - 0.8) < 0.02 and abs(kinds["same"] / n - 0.1) < 0.02 and abs(kinds["other"] / n - 0.1) < 0.02
+    assert (abs(kinds["mask"] / n - 0.8) < 0.02 and abs(kinds["same"] / n - 0.1) < 0.02 and
+            abs(kinds["other"] / n - 0.1) < 0.02)
 
 
 def test_a_sentence_of_specials_hides_nothing(tokenizer):
@@ -75,7 +78,8 @@ def test_the_data_are_the_same_with_workers(tokenizer):
     batches = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 4, 4, seed=1)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(2, 6), num_workers=2)
     for step, (image, pair) in zip(range(2, 6), loader):
-        assert torch.equal(image["images"], batches[step][0]["images"]) and torch.equal(pair["a"].words, batches[step][1]["a"].words)
+        assert (torch.equal(image["images"], batches[step][0]["images"]) and
+                torch.equal(pair["a"].words, batches[step][1]["a"].words))
 
 
 def test_singles_of_a_batch_are_different_concepts_within_an_epoch():
@@ -89,8 +93,10 @@ def test_scenes_are_captioned_by_the_languages_own_list_pattern():
     ids = [i for i in (apple, dog, car) if i in emoji.concepts()] or list(emoji.concepts())[:3]
     names = {k: [emoji.concepts()[i]["name"][k] for i in list(emoji.concepts())[:3]] for k in ("en", "ja", "it", "ar")}
     assert ids and emoji.join(names["en"], "en") == "{}, {}, and {}".format(*names["en"])
-    assert emoji.join(names["ja"], "ja") == "、".join(names["ja"]) and emoji.join(names["it"], "it") == "{}, {} e {}".format(*names["it"])
-    assert emoji.join(names["ar"][:2], "ar") == "{} و{}".format(*names["ar"]) and emoji.join(names["en"][:1], "en") == names["en"][0]
+    assert (emoji.join(names["ja"], "ja") == "、".join(names["ja"]) and
+            emoji.join(names["it"], "it") == "{}, {} e {}".format(*names["it"]))
+    assert (emoji.join(names["ar"][:2], "ar") == "{} و{}".format(*names["ar"]) and
+            emoji.join(names["en"][:1], "en") == names["en"][0])
 
 
 def test_test_sets_are_what_the_readme_says():
@@ -108,4 +114,5 @@ def test_image_transforms_keep_the_contract():
         assert x.shape == (3, 32, 32) and x.dtype == np.uint8
     assert data.test_image(image, 48).shape == (3, 48, 48)
     white = data.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
-    assert torch.allclose(white[0, :, 0, 0], torch.tensor([(1 - m) / s for m, s in zip(data.MEAN, data.STD)]), atol=1e-6)
+    assert torch.allclose(white[0, :, 0, 0], torch.tensor([(1 - m) / s for m, s in zip(data.MEAN, data.STD)]),
+                          atol=1e-6)

@@ -15,8 +15,7 @@ from model import CCLM, PRESETS
 LANGUAGES = ["en", "de", "hi"]
 
 
-def make(tokenizer, **changes):
-    """A tiny model whose match head has an opinion."""
+def make(tokenizer, **changes):     # a tiny model whose match head has an opinion
     torch.manual_seed(0)
     changes |= {"width": 32, "embedding": 16, "image_size": 32, "vision_layers": 1, "text_layers": 1, "init_std": 0.2}
     model = CCLM(dataclasses.replace(PRESETS["demo"], vocabulary=tokenizer.size, **changes)).eval()
@@ -25,8 +24,7 @@ def make(tokenizer, **changes):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    """Six images; the first has a second English caption, the last none in German."""
+def rows():     # six images; the first has a second English caption, the last none in German
     six = emoji.split("val")[:6]
     rows = [{"image": x["image"], "captions": {k: list(x["captions"][k]) for k in LANGUAGES}} for x in six]
     rows[0]["captions"]["en"].append("something else")
@@ -43,8 +41,7 @@ def checkpoint(tokenizer, tmp_path_factory):
 
 
 @torch.inference_mode()
-def one_pair(model, tokenizer, image, text):
-    """(cosine, match logit, sum) of one image and one text, without packs, memory, sources or rows."""
+def one_pair(model, tokenizer, image, text):     # (cosine, match logit, sum) without packs, memory, sources or rows
     words, starts = data.pack([tokenizer.encode(text)])
     b = model.encode_text(words, starts, None)
     pixels = torch.from_numpy(data.test_image(image, model.config.image_size).copy())[None]
@@ -54,8 +51,7 @@ def one_pair(model, tokenizer, image, text):
     return cosine, yes, cosine / model.temperature.item() + (yes - no) / 2
 
 
-def all_pairs(model, tokenizer, rows, language):
-    """{(caption, image): scores of one_pair}, and the image of each caption."""
+def all_pairs(model, tokenizer, rows, language):     # {(caption, image): one_pair's scores}, each caption's image
     kept = [r for r in rows if r["captions"].get(language)]
     captions = [(text, i) for i, r in enumerate(kept) for text in r["captions"][language]]
     return {(c, i): one_pair(model, tokenizer, r["image"], text) for c, (text, _) in enumerate(captions)
@@ -63,7 +59,7 @@ def all_pairs(model, tokenizer, rows, language):
 
 
 def plain_recall(score, owner, K, k=1, by=1):
-    """Official protocol (F5.4), a query at a time: sort by cosine, then the first K of them by the match logit (by=2: the sum)."""
+    """Official protocol (F5.4), a query at a time: sort by cosine, then the first K by match logit (by=2: sum)."""
     def hit(pairs):
         pairs = sorted(pairs, key=lambda p: -score[p][0])
         if K:
@@ -100,15 +96,14 @@ def test_recall_and_reranking_equal_the_official_protocol_a_query_at_a_time(toke
             assert (x["t2i_r1"], x["i2t_r1"]) == pytest.approx(plain_recall(*pairs[language], 0))
             assert (x["t2i_r5"], x["i2t_r5"]) == pytest.approx(plain_recall(*pairs[language], 0, 5))
             assert (x["matched_t2i_r1"], x["matched_i2t_r1"]) == pytest.approx(plain_recall(*pairs[language], K))
-            assert (x["reranked_t2i_r1"], x["reranked_i2t_r1"]) == pytest.approx(plain_recall(*pairs[language], K, by=2))
+            assert ((x["reranked_t2i_r1"], x["reranked_i2t_r1"]) ==
+                    pytest.approx(plain_recall(*pairs[language], K, by=2)))
     assert "reranked_t2i_r1" not in evaluate.retrieval(model, tokenizer, rows, rerank=0)["en"]
 
 
 def test_ranks_of_a_hand_made_case_with_several_captions_per_image():
-    scores = torch.tensor([[.9, .1, .0],                                     # image 0's first caption: right
-                           [.2, .8, .3],                                     # image 0's second: third
-                           [.1, .5, .7],                                     # image 1's: second
-                           [.3, .2, .4]])                                    # image 2's: right
+    scores = torch.tensor([[.9, .1, .0], [.2, .8, .3],                       # image 0's captions: right, third
+                           [.1, .5, .7], [.3, .2, .4]])                      # image 1's: second; image 2's: right
     right = torch.tensor([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
     assert evaluate.ranks(scores, right).tolist() == [0, 2, 1, 0]
     assert evaluate.ranks(scores.T, right.T).tolist() == [0, 1, 1]           # an image counts with its best caption
@@ -149,7 +144,8 @@ def test_false_captions_lose_a_tie_and_the_model_keeps_its_mode(tokenizer, rows)
     false = [dict(row, false_captions={"en": row["captions"]["en"][0]}) for row in rows]
     model = make(tokenizer).train()
     x = evaluate.retrieval(model, tokenizer, false, ["en"])["en"]
-    assert model.training and x["false_caption_accuracy"] == x["false_caption_accuracy_match"] == x["false_caption_accuracy_cosine"] == 0
+    assert model.training and (x["false_caption_accuracy"] == x["false_caption_accuracy_match"] ==
+                               x["false_caption_accuracy_cosine"] == 0)
 
 
 def test_the_report_has_every_language_and_group_and_prints(tokenizer, capsys):

@@ -1,7 +1,7 @@
 """Would the kernels run on a GPU that is not here? Compiled offline, in processes that do not interpret.
 
-By default a few on sm_80 and sm_90. KERNELS_FULL=1 pytest tests/test_kernels_compile.py compiles every kernel, type and width
-for sm_80 and sm_90: some minutes.
+By default a few on sm_80 and sm_90. KERNELS_FULL=1 pytest tests/test_kernels_compile.py compiles every kernel, type and
+width for sm_80 and sm_90: some minutes.
 """
 import os
 import subprocess

@@ -186,7 +186,7 @@ def test_the_kernels_are_what_ran(monkeypatch):
 
 
 def test_many_tiles_per_program_and_many_launches_equal_dense_float64(monkeypatch):
-    """The paths of a large batch: sums that are scaled down as the maximum rises, and partial results of several launches."""
+    """The paths of a large batch: sums scaled down as the maximum rises, and partial results of several launches."""
     if interpreting():
         monkeypatch.setattr(contrastive_triton, "tiles", lambda *_: dict(ROWS=32, COLUMNS=64))
     monkeypatch.setattr(contrastive_triton, "PROGRAMS", 1)

@@ -14,7 +14,8 @@ from test_packing import example, make, packed_losses
 def views(B=12, E=16, seed=0, ids=None):
     g = torch.Generator().manual_seed(seed)
     ids = torch.arange(B) if ids is None else ids
-    return [View(None, None, F.normalize(torch.randn(B, E, generator=g, dtype=torch.float64), dim=-1), ids) for _ in range(2)]
+    return [View(None, None, F.normalize(torch.randn(B, E, generator=g, dtype=torch.float64), dim=-1), ids)
+            for _ in range(2)]
 
 
 def test_an_untrained_model_is_at_chance():
@@ -116,14 +117,16 @@ def test_without_condition_hidden_words_do_not_see_a():
     model = make()
     images, words, starts, masked, rows, ids = example(model)
     b, hidden = model.encode_text(words, starts, ids), model.encode_text(masked, starts, ids)
-    mask = [float(cross_view(model, model.encode_image(x, ids), b, hidden.states, rows, words[rows], 0, condition=c)["mask"].detach())
+    mask = [float(cross_view(model, model.encode_image(x, ids), b, hidden.states, rows, words[rows], 0,
+                             condition=c)["mask"].detach())
             for c in (True, False) for x in (images, -images)]
     assert mask[0] != mask[1] and mask[2] == mask[3]
 
 
 def test_masked_lm_in_chunks_equals_whole():
     g = torch.Generator().manual_seed(0)
-    head = SimpleNamespace(weight=torch.randn(70000, 8, generator=g, dtype=torch.float64), bias=torch.randn(70000, generator=g, dtype=torch.float64))
+    head = SimpleNamespace(weight=torch.randn(70000, 8, generator=g, dtype=torch.float64),
+                           bias=torch.randn(70000, generator=g, dtype=torch.float64))
     call = type("Head", (), {"__call__": lambda self, x: x, "weight": head.weight, "bias": head.bias})()
     x, words = torch.randn(2000, 8, generator=g, dtype=torch.float64), torch.randint(70000, (2000,), generator=g)
     whole = F.cross_entropy(F.linear(x, head.weight, head.bias), words)

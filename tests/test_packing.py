@@ -1,4 +1,4 @@
-"""Packed == padded: the model without padding gives the features, fused states, losses and gradients of the padded textbook one."""
+"""Packed == padded: without padding, the features, fused states, losses and gradients of the padded textbook model."""
 import dataclasses
 
 import pytest
@@ -10,10 +10,12 @@ import reference
 from kernels.attention import attention_torch, running
 from model import CCLM, PRESETS
 
-TINY = dataclasses.replace(PRESETS["demo"], width=32, embedding=16, dropout=0.0, image_size=32, patch_size=16, vision_layers=2,
-                           vision_hidden=64, text_layers=2, text_hidden=64, fusion_layers=2, fusion_hidden=64, vocabulary=60)
-VARIANTS = {"demo": {}, "one fusion layer": {"fusion_layers": 1}, "mean": {"pool": "mean"}, "beit2": {"vision": "beit2"},
-            "clip": {"vision": "clip"}, "first": {"pool": "first", "offset": 0, "tied": False}, "stem": {"stem": True}}
+TINY = dataclasses.replace(PRESETS["demo"], width=32, embedding=16, dropout=0.0, image_size=32, patch_size=16,
+                           vision_layers=2, vision_hidden=64, text_layers=2, text_hidden=64, fusion_layers=2,
+                           fusion_hidden=64, vocabulary=60)
+VARIANTS = {"demo": {}, "one fusion layer": {"fusion_layers": 1}, "mean": {"pool": "mean"},
+            "beit2": {"vision": "beit2"}, "clip": {"vision": "clip"},
+            "first": {"pool": "first", "offset": 0, "tied": False}, "stem": {"stem": True}}
 
 
 def make(seed=0, **changes):
@@ -48,13 +50,14 @@ def padded_losses(model, a, words, starts, masked, rows, ids, wrong):
     b = reference.encode_text(model, padded, mask)
     hidden, _ = reference.unpack(torch.zeros(len(words), dtype=torch.bool).index_fill(0, rows, True), starts)
     return reference.cross_view(model, *a, b, mask, reference.vectors(model, model.text_proj, b, mask),
-                                reference.encode_text(model, reference.unpack(masked, starts)[0], mask), hidden, words[rows], ids, wrong)
+                                reference.encode_text(model, reference.unpack(masked, starts)[0], mask), hidden,
+                                words[rows], ids, wrong)
 
 
 @pytest.mark.parametrize("kind", ["image", "sentence"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packing_equals_padding(variant, kind):
-    """Losses and the gradient of every parameter, with repeated wrong partners, a wrong partner nobody has, and a -1."""
+    """Losses and the gradient of every parameter, with repeated wrong partners, one that nobody has, and a -1."""
     model = make(**VARIANTS[variant])
     images, words, starts, masked, rows, ids = example(model)
     wrong = (torch.tensor([2, 2, -1, 0, 2]), torch.tensor([4, 4, 4, 2, 2]))
@@ -97,7 +100,8 @@ def test_fused_states_equal_a_loop_over_pairs():
     for i, (s, m) in enumerate(zip(sources.tolist(), memory.tolist())):
         x = text.states[starts[s]:starts[s + 1]][None]
         y = image.states.view(len(images), -1, 32)[m][None]
-        alone = reference.fuse(model, x, torch.ones(x.shape[:2], dtype=torch.bool), y, torch.full(y.shape[:2], m >= 0))[0]
+        alone = reference.fuse(model, x, torch.ones(x.shape[:2], dtype=torch.bool),
+                               y, torch.full(y.shape[:2], m >= 0))[0]
         assert torch.allclose(fused[asked[i]:asked[i + 1]], alone, rtol=0, atol=1e-10)
     rows = torch.tensor([0, 3, 4, 5, 11, len(fused) - 1])
     some = model.fuse(text.states, starts, image.states, image.starts, memory, rows, sources)
@@ -137,7 +141,8 @@ def test_gradient_cache_and_checkpointing_are_exact_and_keep_less():
         for layer in (*model.vision.layers, *model.text.layers, *model.fusion.layers):
             layer.checkpointing = checkpointing
         images, words, starts, masked, rows, ids = example(model)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.__setitem__(x.data_ptr(), x.nbytes) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.__setitem__(x.data_ptr(), x.nbytes) or x, lambda x: x):
             a = model.encode_image(images, ids)
             got = packed_losses(model, a, words, starts, masked, rows, ids, None)
         got["loss"].backward()

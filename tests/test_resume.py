@@ -1,6 +1,6 @@
 """Stopped and resumed == uninterrupted, bitwise: weights, optimizer, and every column of the log but timing and memory.
 
-    python tests/test_resume.py 20          kill 20 runs (1 and 2 processes by turns) at a random moment; how many resume exactly
+    python tests/test_resume.py 20          kill 20 runs (1 and 2 processes by turns) at random; how many resume exactly
 """
 import csv
 import os
@@ -16,8 +16,8 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
-TINY = ("--steps 14 --save_every 3 --log_every 1 --batch 8 --text_batch 8 --width 32 --vision_hidden 64 --text_hidden 64 --fusion_hidden 64 "
-        "--vision_layers 1 --dropout 0.1 --no-eval").split()
+TINY = ("--steps 14 --save_every 3 --log_every 1 --batch 8 --text_batch 8 --width 32 --vision_hidden 64 "
+        "--text_hidden 64 --fusion_hidden 64 --vision_layers 1 --dropout 0.1 --no-eval").split()
 NOT_BITWISE = {"seconds", "images_per_s", "sentences_per_s", "utilisation", "memory_mb"}
 
 
@@ -28,8 +28,8 @@ def command(out, processes, *more):
 
 def start(out, processes=1, *more):
     """A run in a process group of its own, so that one signal reaches torchrun and all its children."""
-    return subprocess.Popen(command(out, processes, *more), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command(out, processes, *more), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def finish(out, processes=1, *more):
@@ -45,8 +45,8 @@ def steps_done(out):
 
 
 def kill_after(out, step, processes=1, with_signal=signal.SIGKILL):
-    """Starts a run and signals all its processes as soon as `step` steps are logged -> its exit status. By name: torchrun puts
-    every process in a session of its own, which a signal to one group does not reach."""
+    """Starts a run and signals all its processes as soon as `step` steps are logged -> its exit status. By name:
+    torchrun puts every process in a session of its own, which a signal to one group does not reach."""
     run = start(out, processes)
     while steps_done(out) < step and run.poll() is None:
         time.sleep(0.002)
@@ -96,7 +96,7 @@ def test_two_killed_processes_resume_bitwise(tmp_path):
 
 
 def test_n_plus_n_steps_equal_two_n(tmp_path, whole):
-    """--stop_after stops inside the same schedule; the same command without it goes on; a finished run trains no more."""
+    """--stop_after stops inside the same schedule; the command without it goes on; a finished run trains no more."""
     finish(tmp_path, 1, "--stop_after", "7")
     assert steps_done(tmp_path) == 7
     finish(tmp_path)

@@ -9,8 +9,8 @@ import data
 import train
 from model import CCLM, build, parameter_groups
 
-TINY = ("--batch 16 --text_batch 16 --width 64 --vision_hidden 128 --text_hidden 128 --fusion_hidden 128 --vision_layers 1 --workers 0 "
-        "--no-eval").split()
+TINY = ("--batch 16 --text_batch 16 --width 64 --vision_hidden 128 --text_hidden 128 --fusion_hidden 128 "
+        "--vision_layers 1 --workers 0 --no-eval").split()
 
 
 def rows(out):
@@ -21,7 +21,7 @@ def test_every_loss_falls(tmp_path):
     """Forty steps over the same few examples: each of the six losses ends below its start."""
     args = [*TINY, "--out", str(tmp_path), "--steps", "40", "--warmup", "5", "--lr", "5e-3", "--seed", "1"]
     source = data.DemoImages.__len__
-    data.DemoImages.__len__ = lambda self: 16                                # an epoch of one batch, to be learned by heart
+    data.DemoImages.__len__ = lambda self: 16                                # one batch an epoch, to learn by heart
     try:
         assert train.main(args) == 0
     finally:
@@ -63,7 +63,8 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     assert not step(1.0)[1] and any(not torch.equal(before[n], p) for n, p in run.objective.named_parameters())
 
 
-@pytest.mark.parametrize("flag", ["--no-parallel_text", "--no-match", "--no-condition", "--no-shared_fusion", "--checkpointing", "--chunk=5"])
+@pytest.mark.parametrize("flag", ["--no-parallel_text", "--no-match", "--no-condition", "--no-shared_fusion",
+                                  "--checkpointing", "--chunk=5"])
 def test_ablations_and_memory_savers_train_and_resume(tmp_path, flag):
     args = [*TINY, "--out", str(tmp_path), "--steps", "3", flag]
     assert train.main([*args, "--stop_after", "2"]) == 0 and train.main(args) == 0

@@ -1,4 +1,4 @@
-"""1, 2 and 4 gloo processes: the same losses and the same gradient of every parameter (dropout off, wrong partners given)."""
+"""1, 2 and 4 gloo processes: the same losses and gradient of every parameter (dropout off, wrong partners given)."""
 import os
 import pathlib
 import subprocess
@@ -11,7 +11,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def given_wrong(N):
-    """Wrong partners that stay inside every process's block for 1, 2 and 4 processes: the neighbour in each two, one missing."""
+    """Wrong partners that stay inside every block of 1, 2 and 4 processes: the neighbour in each two, one missing."""
     wrong = torch.arange(N) ^ 1
     wrong[N // 2] = -1
     return wrong
@@ -30,8 +30,8 @@ def worker(out, dtype, spm):
     args = train.settings(["--batch", "8", "--text_batch", "16"])
     tokenizer = data.Tokenizer(pathlib.Path(spm).read_bytes())
     torch.manual_seed(0)
-    model = CCLM(build("demo", dropout=0.0, width=32, vision_hidden=64, text_hidden=64, fusion_hidden=64, vision_layers=1, text_layers=1,
-                       fusion_layers=2, vocabulary=tokenizer.size)).to(dtype)
+    model = CCLM(build("demo", dropout=0.0, width=32, vision_hidden=64, text_hidden=64, fusion_hidden=64,
+                       vision_layers=1, text_layers=1, fusion_layers=2, vocabulary=tokenizer.size)).to(dtype)
     with torch.no_grad():
         model.itm_head[-1].weight.normal_(std=0.2)
     objective = train.Objective(model, args)
@@ -44,7 +44,7 @@ def worker(out, dtype, spm):
         return plain(model, a, b, *rest, wrong=(wrong, wrong), **options)
     train.cross_view = cross_view
     image, pair = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 8, 16, seed=3, rank=rank, world=W)[0]
-    image["ids"][:] = torch.arange(rank * (8 // W), (rank + 1) * (8 // W)) // 3                        # some are the same thing
+    image["ids"][:] = torch.arange(rank * (8 // W), (rank + 1) * (8 // W)) // 3      # some are the same thing
     plain_normalise = data.normalise
     data.normalise = lambda images: plain_normalise(images).to(dtype)
     wrapped = torch.nn.parallel.DistributedDataParallel(objective) if W > 1 else objective
@@ -60,8 +60,8 @@ def worker(out, dtype, spm):
 
 def launch(processes, out, dtype, spm):
     run = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([sys.executable, *run, __file__, str(out), dtype, str(spm)], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, *run, __file__, str(out), dtype, str(spm)], capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
