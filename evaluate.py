@@ -211,15 +211,15 @@ def demo_report(model, tokenizer, device, rerank=16, sets=TEST_SETS, progress=Fa
 
 
 COLUMNS = {"t2i_r1": "image R@1", "t2i_r1_equal": "equal", "reranked_t2i_r1": "re-ranked", "matched_t2i_r1": "by match",
-           "new_t2i_r1": "new names", "t2i_r5": "R@5", "t2i_r10": "R@10",
-           "i2t_r1": "| text R@1", "i2t_r1_equal": "equal", "reranked_i2t_r1": "re-ranked", "i2t_r5": "R@5", "i2t_r10": "R@10"}
+           "new_t2i_r1": "new names", "t2i_r5": "R@5", "t2i_r10": "R@10", "i2t_r1": "| text R@1",
+           "i2t_r1_equal": "equal", "reranked_i2t_r1": "re-ranked", "i2t_r5": "R@5", "i2t_r10": "R@10"}
 FALSE_COLUMNS = {"false_caption_accuracy_cosine": "cosine", "false_caption_accuracy": "re-ranked",
                  "false_caption_accuracy_match": "by match"}
 
 
 def print_scores(name, lines):
-    """lines {label: {key: %}} -> a table that ends with chance, and one of false captions where there are any. "equal" and
-    "new names" appear where they print another number than the plain R@1."""
+    """lines {label: {key: %}} -> a table that ends with chance, and one of false captions where there are any. "equal"
+    and "new names" appear where they print another number than the plain R@1."""
     some = next(iter(lines.values()))
     plain = {"equal": lambda key: key.removesuffix("_equal"), "new names": lambda key: "t2i_r1"}
     columns = {key: head for key, head in COLUMNS.items() if any(key in x for x in lines.values()) and not (
