@@ -1,13 +1,13 @@
 """Retrieval in many languages: which image does this sentence mean, which sentence says what this image shows?
 
     dual encoder   score = cosine of two vectors made without seeing each other: n + I encodings give n x I scores
-    re-ranking     the fusion encoder reads a query's top K again: score = cosine / temperature + 1/2 match log-odds
+    re-ranking     the fusion encoder reads a query's top K again: score = cosine / temperature + 1/4 match log-odds
     by match       the same K in the order of the match logit alone, as published (F5.4)
     recall R@k     share of queries (%) with a right answer among the first k; an image's best caption counts
 
 Why the sum: the match head learned to tell true pairs from wrong ones drawn by softmax(cosine / temperature). The best
 answer to that is log p(true) / p(drawn): all that cosine does NOT know. It cannot rank alone; added to what it was
-drawn from, it can. (1/2, chosen on the val splits: on new images the head is surer of itself than it should be.)
+drawn from, it can. (1/4, chosen on the val splits: on new images the head is surer of itself than it should be.)
 
 Ties never help: what scores like the right answer (or NaN) ranks before it; a match head that says the same to all gets
 0 % by match. Keys: reranked_ and matched_ for the two, t2i text to image, i2t image to text; with _equal, captions that
@@ -40,7 +40,7 @@ from weights import load_model
 
 GROUPS = {"seen": "seen with images", "text_only": "only in parallel text", "never": "never in training"}
 TEST_SETS = ("test_style", "test_concept", "test_scenes")
-MATCH_WEIGHT = 0.5                                                           # of match head's log-odds in re-ranking
+MATCH_WEIGHT = 0.25                                                          # of match head's log-odds in re-ranking
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")                                # what `search` takes for an image
 
 

@@ -48,7 +48,7 @@ def one_pair(model, tokenizer, image, text):     # (cosine, match logit, sum) wi
     a = model.encode_image(data.normalise(pixels), None)
     fused = model.fuse(b.states, b.starts, a.states, a.starts)
     cosine, (no, yes) = float(a.vectors @ b.vectors.T), model.itm_head(fused[0]).tolist()
-    return cosine, yes, cosine / model.temperature.item() + (yes - no) / 2
+    return cosine, yes, cosine / model.temperature.item() + (yes - no) / 4
 
 
 def all_pairs(model, tokenizer, rows, language):     # {(caption, image): one_pair's scores}, each caption's image
