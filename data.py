@@ -241,8 +241,9 @@ class DemoParallel(DemoImages):
         """(index, rng) -> sentence a, sentence b, id. Which is a and which is b is a toss (F2.3)."""
         index, rng = key
         chosen = self.choose(index, rng)
-        two = [group[rng.integers(len(group))] for group in (self.languages, self.others)]
-        a, b = (emoji.caption([self.ids[i] for i in chosen], two[i]) for i in rng.permutation(2))
+        ids = [self.ids[i] for i in chosen]
+        said = [emoji.caption(ids, group[rng.integers(len(group))]) for group in (self.languages, self.others)]
+        a, b = (said[i] for i in rng.permutation(2))
         return a, b, thing(chosen)
 
 

@@ -6,8 +6,8 @@
     recall R@k     share of queries (%) with a right answer among the first k; an image's best caption counts
 
 Why the sum: the match head learned to tell true pairs from wrong ones drawn by softmax(cosine / temperature). The best
-answer to that is log p(true) / p(drawn): all that cosine does NOT know. It cannot rank alone; added to what it was
-drawn from, it can. (1/4, chosen on the val splits: on new images the head is surer of itself than it should be.)
+log-odds for that are log(p(true) / p(drawn)): all that the cosine does NOT know. They correct the cosine, they do not
+replace it. (1/4, chosen on the val splits: on new images the head is surer of itself than it should be.)
 
 Ties never help: what scores like the right answer (or NaN) ranks before it; a match head that says the same to all gets
 0 % by match. Keys: reranked_ and matched_ for the two, t2i text to image, i2t image to text; with _equal, captions that
@@ -40,7 +40,7 @@ from weights import load_model
 
 GROUPS = {"seen": "seen with images", "text_only": "only in parallel text", "never": "never in training"}
 TEST_SETS = ("test_style", "test_concept", "test_scenes")
-MATCH_WEIGHT = 0.25                                                          # of match head's log-odds in re-ranking
+LOG_ODDS_WEIGHT = 0.25                                                       # of match head's log-odds in re-ranking
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")                                # what `search` takes for an image
 
 
@@ -106,7 +106,7 @@ def both_scores(model, texts, images, pairs, batch):
     """pairs (R, 2) of (text, image) -> {"reranked_": (R,), "matched_": (R,)}: with cosine, and by match alone."""
     no, yes = match_logits(model, texts, images, pairs, batch).T
     cosine = (texts.vectors[pairs[:, 0]] * images.vectors[pairs[:, 1]]).sum(1)
-    return {"reranked_": cosine / model.temperature + MATCH_WEIGHT * (yes - no), "matched_": yes}
+    return {"reranked_": cosine / model.temperature + LOG_ODDS_WEIGHT * (yes - no), "matched_": yes}
 
 
 def ranks(scores, right):
@@ -233,11 +233,11 @@ def print_scores(name, lines):
 
 
 def print_columns(title, lines, columns):
-    width = max(map(len, lines)) + 2
-    print(f"\n{title}\n{'':{width}}" + "  ".join(columns.values()))
+    first, widths = max(map(len, lines)) + 2, [max(5, len(head)) for head in columns.values()]       # 5: 100.0
+    print(f"\n{title}\n{'':{first}}" + "  ".join(f"{head:>{w}}" for head, w in zip(columns.values(), widths)))
     for label, x in lines.items():
         cells = (f"{x[key]:.1f}" if key in x else "" for key in columns)
-        print(f"{label:{width}}" + "  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, columns.values())))
+        print(f"{label:{first}}" + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths)))
 
 
 def print_table(report):

@@ -67,7 +67,7 @@ class Config:
 PRESETS = {
     # two CPU cores, minutes; chosen on the val split, see the README's list of what helped
     "demo": Config(pool="mean", stem=True, dropout=0.0, vision_layers=2, text_layers=1, embedding_std=0.002,
-                   fusion_std=128 ** -0.5),
+                   fusion_std=128 ** -0.5),        # 1 / sqrt(width)
     # one GPU, from random weights
     "small": Config(width=384, image_size=224, vision_layers=12, vision_heads=6, vision_hidden=1536,
                     text_layers=6, text_heads=6, text_hidden=1536, fusion_layers=3, fusion_heads=6, fusion_hidden=1536,

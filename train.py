@@ -76,7 +76,7 @@ def settings(argv=None):
     what.add_argument("--batch", type=int, default=128, help="image-caption pairs per step, all processes together")
     what.add_argument("--text_batch", type=int, default=128, help="sentence pairs per step")
     what.add_argument("--scenes", type=float, default=0.25, help="demo: scenes per single emoji")
-    what.add_argument("--text_scenes", type=float, default=0.2, help="the same in the parallel text")
+    what.add_argument("--text_scenes", type=float, default=0.2, help="demo: the same in the parallel text")
     what.add_argument("--keywords", type=float, default=0.1, help="demo: share of single emoji captioned by keywords")
     what.add_argument("--mask_probability", type=float, default=0.15, help="share of words hidden; the paper's is 0.4")
     what.add_argument("--parallel_text", action=on_off, default=True, help="train on the second stream")

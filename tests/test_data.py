@@ -116,3 +116,10 @@ def test_image_transforms_keep_the_contract():
     white = data.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
     assert torch.allclose(white[0, :, 0, 0], torch.tensor([(1 - m) / s for m, s in zip(data.MEAN, data.STD)]),
                           atol=1e-6)
+
+
+def test_a_pair_is_one_language_with_images_and_one_without_in_either_role():
+    source = data.DemoParallel(languages=["en"], others=["ja"])
+    found = {source[0, data.generator(seed)][:2] for seed in range(20)}
+    said = tuple(emoji.caption([source.ids[0]], language) for language in ("en", "ja"))
+    assert found == {said, said[::-1]}
