@@ -54,7 +54,7 @@ FREE = {"out", "stop_after", "save_every", "log_every", "keep", "fresh", "eval",
 
 def settings(argv=None):
     """The command line. Every field of model.Config is a flag too."""
-    style = type("", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
+    style = type("Help", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
     parser, on_off = argparse.ArgumentParser(description=__doc__, formatter_class=style), argparse.BooleanOptionalAction
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="out", help="folder for ckpt.pt, log.csv and results.json")
@@ -426,8 +426,8 @@ def speed(objective, batch, seconds, peak):
         hidden += len(pair["masked"].rows)
     flops = step_flops(objective, len(image["ids"]), words, fused, rows, hidden)
     sentences = world()[1] * len(pair["ids"]) if pair else 0
-    memory = (torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else resource.getrusage(
-        resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if platform.system() == "Darwin" else 2 ** 10))
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if platform.system() == "Darwin" else 2 ** 10)
+    memory = torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else held
     return {"seconds": f"{seconds:.4f}", "images_per_s": f"{world()[1] * len(image['ids']) / seconds:.1f}",
             "sentences_per_s": f"{sentences / seconds:.1f}", "utilisation": f"{flops / seconds / peak:.3f}",
             "memory_mb": f"{memory:.0f}"}

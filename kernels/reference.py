@@ -46,7 +46,7 @@ def random_attention(seed: int, dtype, device="cpu", longest: int = 200, moat: i
             return attention_case(g, q_lengths, k_lengths, memory, seed % 4 == 0, H, d, dtype, device, moat)
 
 
-def attention_case(g, q_lengths, k_lengths, memory, bias: bool, H: int, d: int, dtype, device="cpu", moat: int = 0):
+def attention_case(g, q_lengths, k_lengths, memory, biased: bool, H: int, d: int, dtype, device="cpu", moat: int = 0):
     """Random numbers from generator g for given lengths. moat: so many rows of nan lie around every matrix, where no
     kernel may look. -> the arguments of attention(); q, k, v and bias ask for a gradient"""
     def matrix(rows):
@@ -55,13 +55,13 @@ def attention_case(g, q_lengths, k_lengths, memory, bias: bool, H: int, d: int, 
         return x[moat:moat + rows].requires_grad_()
     q, k, v = (matrix(int(lengths.sum())) for lengths in (q_lengths, k_lengths, k_lengths))
     q_starts, k_starts = (F.pad(x.cumsum(0), (1, 0)).to(device, torch.int32) for x in (q_lengths, k_lengths))
-    if bias:
-        bias = torch.randn(H, *2 * (int(q_lengths[0]),), generator=g, dtype=torch.float64).to(device, dtype)
-    memory = None if memory is None else memory.to(device)
-    return q, k, v, q_starts, k_starts, memory, bias.requires_grad_() if torch.is_tensor(bias) else None
+    n, bias = int(q_lengths[0]), None
+    if biased:
+        bias = torch.randn(H, n, n, generator=g, dtype=torch.float64).to(device, dtype).requires_grad_()
+    return q, k, v, q_starts, k_starts, None if memory is None else memory.to(device), bias
 
 
-def shared_attention(dtype, device="cpu", moat: int = 0):
+def attention_with_shared_keys(dtype, device="cpu", moat: int = 0):
     """One fixed case with what a random one may lack: several sequences, one of them empty, read the same keys, in more
     than one block; keys that nobody reads lie between; the last sequence reads nothing; d = 48 is no power of two."""
     lengths = [torch.tensor(x) for x in ([5, 0, 40, 150, 7], [150, 30, 9])]
@@ -69,10 +69,10 @@ def shared_attention(dtype, device="cpu", moat: int = 0):
                           dtype, device, moat)
 
 
-def attention_both(case, run=attention):
+def attention_and_reference(case):
     """-> {"out", "dq", "dk", "dv", "dbias": (result, dense float64 reference)}, and the incoming gradient's norm"""
     inputs = [x for x in (*case[:3], case[6]) if x is not None]
-    out = run(*case)
+    out = attention(*case)
     incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(out)
     results = [out, *torch.autograd.grad(out, inputs, incoming)]
     exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
@@ -90,8 +90,8 @@ def relative(pairs, incoming: float, each: bool = False) -> dict:
     return {name: ((x - y).abs() / size(y)).max().item() if y.numel() else 0.0 for name, (x, y) in pairs.items()}
 
 
-def attention_errors(case, run=attention) -> dict:
-    return relative(*attention_both(case, run))
+def attention_errors(case) -> dict:
+    return relative(*attention_and_reference(case))
 
 
 def random_contrast(seed: int, B: int, N: int, first_row: int, temperature: float, dtype, device="cpu", E: int = 32):

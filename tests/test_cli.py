@@ -96,6 +96,6 @@ def test_results_have_the_documented_form(tmp_path):
     report = json.loads(json.dumps(evaluate.demo_report(model, tokenizer, "cpu", sets=("test_concept",))))
     for scores in (report["test_concept"]["hi"], report["groups"]["test_concept"]["never"]):
         for key in ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10",
-                    "reranked_t2i_r1", "reranked_i2t_r1", "n"):
+                    "reranked_t2i_r1", "reranked_i2t_r1", "matched_t2i_r1", "matched_i2t_r1", "n"):
             assert 0 <= scores[key] <= 100
     assert set(report["groups"]["test_concept"]) == {"seen", "text_only", "never"} and len(report["test_concept"]) == 25

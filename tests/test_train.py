@@ -101,3 +101,17 @@ def test_bf16_autocast_gives_nearly_the_losses_of_fp32(tmp_path):
         rough = run.objective(*run.batches[0], seed=0)["loss"]
     rough.backward()
     assert abs(float((rough - exact).detach())) < 0.02 * float(exact.detach())
+
+
+def test_the_fusion_encoder_and_match_head_start_wider_and_learn_faster_than_the_rest():
+    args = train.settings(["--no-shared_fusion", "--fusion_std", "0.3", "--fusion_lr", "3", "--out", "nowhere"])
+    run = train.prepare(args, torch.device("cpu"))
+    rate = {id(p): group["peak_lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    for name, p in run.objective.named_parameters():
+        if name.endswith("temperature"):
+            assert rate[id(p)] == args.temperature_lr
+            continue
+        special = "fusion" in name.split(".")[0] or name.split(".")[1] in ("fusion", "itm_head")
+        assert rate[id(p)] == pytest.approx(3e-3 if special else 1e-3), name
+        if p.ndim == 2 and "words" not in name and "positions" not in name and name != "model.itm_head.3.weight":
+            assert p.std().item() == pytest.approx(0.3 if special else 0.02, rel=0.1), name
