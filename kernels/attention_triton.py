@@ -187,7 +187,7 @@ TILES = {       # (16-bit, wider than 64): {kernel: (QUERIES, KEYS, warps, stage
     (True, False): dict(forward=(64, 64, 4, 2), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2), dbias=(64, 64, 4, 2)),
     (True, True): dict(forward=(64, 32, 4, 2), dq=(64, 32, 4, 2), dkv=(16, 64, 4, 2), dbias=(64, 32, 4, 2)),
     (False, False): dict(forward=(32, 32, 4, 2), dq=(32, 32, 4, 2), dkv=(16, 32, 4, 2), dbias=(16, 32, 4, 2)),
-    (False, True): dict(forward=(16, 16, 4, 2), dq=(16, 32, 4, 2), dkv=(16, 16, 4, 2), dbias=(16, 32, 8, 1)),
+    (False, True): dict(forward=(16, 16, 4, 1), dq=(16, 32, 4, 2), dkv=(16, 16, 4, 2), dbias=(16, 32, 8, 1)),
 }
 
 

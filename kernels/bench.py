@@ -119,7 +119,7 @@ def print_cpu(quick: bool):
 # ------------------------------------------------------------------------------------------------------------------
 
 WIDTHS = dict(bf16=(16, 32, 48, 64, 80, 128), fp16=(64,), fp32=(64, 80, 128))          # head dims; 48 and 80 are masked
-QUICK = ("attention bf16 d=64 bias", "attention bf16 d=48", "attention fp32 d=80", "contrast bf16 E=256")
+QUICK = ("attention bf16 d=64 bias", "attention bf16 d=48", "attention fp32 d=80 bias", "contrast bf16 E=256")
 SHARED_LIMIT = dict(sm_80=163 * 1024, sm_90=227 * 1024, gfx942=64 * 1024)              # bytes a program can have
 
 
