@@ -417,13 +417,10 @@ def train(args, device, run):
 def speed(objective, batch, seconds, peak):
     """Throughput of one step on all processes, and the share of the measured matrix-product speed that it used."""
     image, pair = batch
-    words = sum(len(s.words) for s in (image["b"], image["masked"]))
-    fused, rows, hidden = (4 * len(image["b"].words), 3 * len(image["ids"]) + len(image["masked"].rows),
-                           len(image["masked"].rows))
-    if pair:
-        words += sum(len(s.words) for s in (pair["a"], pair["b"], pair["masked"]))
-        fused, rows = fused + 4 * len(pair["b"].words), rows + 3 * len(pair["ids"]) + len(pair["masked"].rows)
-        hidden += len(pair["masked"].rows)
+    streams = [image, pair] if pair else [image]
+    words = sum(len(s.words) for x in streams for s in (x["b"], x["masked"])) + (len(pair["a"].words) if pair else 0)
+    fused, hidden = 4 * sum(len(x["b"].words) for x in streams), sum(len(x["masked"].rows) for x in streams)
+    rows = 3 * sum(len(x["ids"]) for x in streams) + hidden
     flops = step_flops(objective, len(image["ids"]), words, fused, rows, hidden)
     sentences = world()[1] * len(pair["ids"]) if pair else 0
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if platform.system() == "Darwin" else 2 ** 10)
@@ -473,6 +470,8 @@ def main(argv=None):
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)             # not by Python's own end: gloo's threads outlive the group under DDP and can abort in it
     return 0
 
 

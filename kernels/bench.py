@@ -118,7 +118,7 @@ def print_cpu(quick: bool):
 # Resources: the launches of a real call are recorded and compiled for GPUs that are not here
 # ------------------------------------------------------------------------------------------------------------------
 
-WIDTHS = dict(bf16=(16, 32, 48, 64, 80, 128), fp16=(64,), fp32=(64, 80, 128))          # head dims; 48 and 80 are masked
+WIDTHS = dict(bf16=range(16, 129, 16), fp16=(64, 128), fp32=range(16, 129, 16))        # head dims
 QUICK = ("attention bf16 d=64 bias", "attention bf16 d=48", "attention fp32 d=80 bias", "contrast bf16 E=256")
 SHARED_LIMIT = dict(sm_80=163 * 1024, sm_90=227 * 1024, gfx942=64 * 1024)              # bytes a program can have
 

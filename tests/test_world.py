@@ -56,6 +56,7 @@ def worker(out, dtype, spm):
     if W > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        os._exit(0)                                                          # as train.main ends, and for its reason
 
 
 def launch(processes, out, dtype, spm):
