@@ -471,7 +471,7 @@ def main(argv=None):
         dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
-        os._exit(0)             # not by Python's own end: gloo's threads outlive the group under DDP and can abort in it
+        os._exit(0)          # not by Python's own end: under DDP gloo's threads outlive the group and can abort in it
     return 0
 
 
