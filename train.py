@@ -30,6 +30,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 
@@ -124,6 +125,7 @@ def start_processes():
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")
+        warnings.filterwarnings("ignore", "Grad strides do not match")         # 1 x 1 convolutions: strides of size 1
     return device
 
 
@@ -460,8 +462,7 @@ def main(argv=None):
         pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
         run = prepare(args, device)
         if args.explain:
-            image = to_device(run.batches[0][0], device)
-            evaluate.explain(run.objective.model.eval(), run.tokenizer, image)
+            evaluate.explain(run.objective.model.eval(), run.tokenizer, to_device(run.batches[0][0], device))
         else:
             finish(args, device, run, train(args, device, run))
     except (ValueError, OSError) as error:

@@ -186,7 +186,7 @@ def dbias_kernel(q, k, v, bias, gradient, lse, delta, dbias, starts, B, T, q_row
 TILES = {       # (16-bit, wider than 64): {kernel: (QUERIES, KEYS, warps, stages)}; none spills on sm_80 or sm_90
     (True, False): dict(forward=(64, 64, 4, 2), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2), dbias=(64, 64, 4, 2)),
     (True, True): dict(forward=(64, 32, 4, 2), dq=(64, 32, 4, 2), dkv=(16, 64, 4, 2), dbias=(64, 32, 4, 2)),
-    (False, False): dict(forward=(32, 32, 4, 2), dq=(32, 32, 4, 2), dkv=(16, 32, 4, 2), dbias=(16, 32, 4, 2)),
+    (False, False): dict(forward=(16, 32, 4, 2), dq=(16, 32, 4, 2), dkv=(16, 32, 4, 2), dbias=(16, 32, 4, 2)),
     (False, True): dict(forward=(16, 16, 4, 1), dq=(16, 32, 4, 2), dkv=(16, 16, 4, 2), dbias=(16, 32, 8, 1)),
 }
 
