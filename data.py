@@ -13,6 +13,7 @@ Letters: B sequences per process, W processes, N = W*B, T tokens in the packed b
 
     python data.py          one example of each stream, in words
 """
+import argparse
 import io
 import json
 import math
@@ -28,6 +29,16 @@ from demo import emoji
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3                                          # XLM-R's layout (F3.5)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # CLIP's (F3.7)
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse for every command here: a mistake is one line and status 2, no flag is guessed from its beginning."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists what there is)\n")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -331,20 +342,20 @@ def evaluation_set(name):
         return emoji.split(name[5:])
     path, rows = pathlib.Path(name), []
     if not path.is_file():
-        raise ValueError(f"{name} is neither a file nor a split of the demo (demo:test_style, ...)")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        raise ValueError(f"{name!r} is neither a file nor a split of the demo (demo:test_style, ...)")
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         where = f"{name} line {number}"
         try:
             row = json.loads(line)
             captions = {k: [t] if isinstance(t, str) else t for k, t in row["captions"].items()}
-            image = row["image"]
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            image = path.parent / row["image"]
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(
                 f'{where}: expected {{"image": path, "captions": {{language: text or [texts]}}}}') from None
-        if not captions or not all(isinstance(t, str) and t.strip()
-                                   for texts in captions.values() for t in texts or [""]):
+        if not captions or not all(isinstance(texts, list) and texts and
+                                   all(isinstance(t, str) and t.strip() for t in texts) for texts in captions.values()):
             raise ValueError(f"{where}: a caption is empty or not a text")
-        rows.append({"image": open_image(path.parent / image), "captions": captions})
+        rows.append({"image": open_image(image), "captions": captions})
     if not rows:
         raise ValueError(f"{name} has no rows")
     return rows

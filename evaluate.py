@@ -134,7 +134,7 @@ def language_scores(model, tokenizer, rows, language, images, rerank, trained, b
     device, result = images.states.device, {"images": len(rows)}
     captions = [(text, i) for i, row in enumerate(rows) for text in row["captions"][language]]
     said, owner = [text for text, _ in captions], torch.tensor([i for _, i in captions], device=device)
-    false = [row["false_captions"][language] for row in rows if "false_captions" in row]
+    false = [row["false_captions"][language] for row in rows] if "false_captions" in rows[0] else []
     texts, place = encode_texts(model, tokenizer, said + false, device, batch)
     place, false = place[:len(said)], place[len(said):]
     cosine = (texts.vectors @ images.vectors.T)[place]                       # (U, I) -> (n, I)
@@ -182,7 +182,7 @@ def retrieval(model, tokenizer, rows, languages=None, rerank=16, device="cpu", b
     training, result = model.training, {}
     try:
         everything = encode_images(model.eval(), [row["image"] for row in rows], device, batch)
-        for language in tqdm(languages or present, disable=not progress, leave=False):
+        for language in tqdm(dict.fromkeys(languages or present), disable=not progress, leave=False):
             index = torch.tensor([i for i, row in enumerate(rows) if row["captions"].get(language)], device=device)
             where, starts = take(everything.starts, index)
             images = View(everything.states[where], starts, everything.vectors[index], index)
@@ -224,7 +224,8 @@ def print_scores(name, lines):
     columns = {key: head for key, head in COLUMNS.items() if any(key in x for x in lines.values()) and not (
         head in plain and all(round(x.get(key, same), 1) == round(same, 1) for x in lines.values()
                              for same in [x[plain[head](key)]]))}
-    chance = {key: min(100.0, 100 * int(key.split("_r")[-1]) / some["images"]) for key in columns if "equal" not in key}
+    chance = {key: min(100.0, 100 * int(key.split("_r")[-1]) / some["images"]) for key in columns
+              if "equal" not in key and "matched" not in key}                # by match: the cosine chose the K
     print_columns(f"{name}: {some['images']:g} images, {some['n']:g} captions, %", lines | {"chance": chance}, columns)
     if any(FALSE_COLUMNS.keys() & x.keys() for x in lines.values()):
         print_columns(f"{name}: true captions that beat one with a thing swapped, %",
@@ -244,7 +245,7 @@ def print_table(report):
     for name, groups in report["groups"].items():
         print_scores(name, {f"{GROUPS[group]} ({x['languages']})": x for group, x in groups.items()})
     print("\nimage: a caption asks for its image; text: an image asks for its caption; means over a group's languages."
-          "\nR@1 ranks by cosine; re-ranked: cosine and match head together; by match: the match head alone."
+          "\nR@1 ranks by cosine; re-ranked: cosine and match head together; by match: the head alone, of the 16 best."
           "\nnew names: R@1 of captions that no other training language shares.")
 
 
@@ -303,11 +304,23 @@ def retrieval_command(args, device):
     scores = retrieval(model, tokenizer, data.evaluation_set(args.data), args.languages, args.rerank, device,
                        progress=sys.stderr.isatty(), trained=trained)
     groups = group_means(scores) if trained else {}
-    print_scores(args.data, scores | {GROUPS[group]: x for group, x in groups.items()})
+    means = {f"{GROUPS[group]} ({x['languages']})": x for group, x in groups.items() if x["languages"] > 1}
+    print_scores(args.data, scores | means)
     name = args.data.removeprefix("demo:")
     if args.json:
         args.json.write_text(json.dumps({name: scores, "groups": {name: groups}}, indent=1), encoding="utf-8")
         print(f"\nwrote {args.json}")
+
+
+def read_images(files):
+    """-> (the files that can be read, their images, what was wrong with the others)"""
+    read, wrong = [], []
+    for file in files:
+        try:
+            read.append((file, data.open_image(file)))
+        except ValueError as error:
+            wrong.append(str(error))
+    return [file for file, _ in read], [image for _, image in read], wrong
 
 
 @torch.inference_mode()
@@ -315,23 +328,33 @@ def search_command(args, device, batch=256):
     files = sorted(f for f in args.images.iterdir() if f.suffix.lower() in SUFFIXES) if args.images.is_dir() else []
     if not files:
         raise ValueError(f"{args.images} is not a folder with images ({' '.join(SUFFIXES)})")
-    if args.top < 1 or not all(query.strip() for query in args.queries):
-        raise ValueError("--top must be at least 1 and no query may be empty")
+    if args.top < 1:
+        raise ValueError(f"--top {args.top} must be at least 1")
+    for query in args.queries:
+        if not query.strip() or query != query.encode(errors="ignore").decode():
+            raise ValueError(f"query {query!r} is empty or not UTF-8")
     model, tokenizer = load(args.ckpt, device)
-    parts = ([data.open_image(f) for f in files[i:i + batch]] for i in range(0, len(files), batch))
-    images = torch.cat([encode_images(model, part, device, batch).vectors for part in parts])
+    parts = [read_images(files[i:i + batch]) for i in range(0, len(files), batch)]
+    files, wrong = ([x for part in parts for x in part[k]] for k in (0, 2))
+    if not files:
+        raise ValueError(f"no image in {args.images} can be read: {wrong[0]}")
+    for reason in wrong:
+        print("left out:", reason, file=sys.stderr)
+    images = torch.cat([encode_images(model, part[1], device, batch).vectors for part in parts if part[1]])
     texts, place = encode_texts(model, tokenizer, args.queries, device, batch)
     scores, best = (texts.vectors @ images.T)[place].topk(min(args.top, len(files)), 1)
-    page = ['<!doctype html><meta charset="utf-8"><style>figure {display: inline-block; vertical-align: top}</style>']
+    page = ['<!doctype html><meta charset="utf-8"><title>Images by sentences</title>'
+            "<style>figure {display: inline-block; vertical-align: top}</style>"]
     for query, *hits in zip(args.queries, scores.tolist(), best.tolist()):
-        print(query)
-        page.append(f'<h2 dir="auto">{html.escape(query)}</h2>')
+        cut = " (cut at 64 tokens)" * (len(tokenizer.encode(query, 65)) > 64)
+        print(query + cut)
+        page.append(f'<h2 dir="auto">{html.escape(query + cut)}</h2>')
         for rank, (score, i) in enumerate(zip(*hits), 1):
             print(f"{rank:4}  {score:6.3f}  {files[i]}")
             image, out = data.open_image(files[i]), io.BytesIO()
             image.thumbnail((160, 160))
             image.save(out, "PNG")
-            page.append(f'<figure><img src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
+            page.append(f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
                         f"<figcaption>{rank}. {html.escape(files[i].name)} {score:.3f}</figcaption></figure>")
     args.html.write_text("\n".join(page), encoding="utf-8")             # one file: the pictures are inside
     print(f"\nwrote {args.html}")
@@ -340,7 +363,7 @@ def search_command(args, device, batch=256):
 def main(argv=None):
     """The command line -> exit status; a user's mistake is one line and status 2."""
     style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}      # every option's help ends in its default
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="{retrieval,search}")
     score = commands.add_parser("retrieval", help="recall per language, both directions", **style)
     score.set_defaults(run=retrieval_command)
@@ -351,11 +374,12 @@ def main(argv=None):
     find = commands.add_parser("search", help="images of a folder by sentences", **style)
     find.set_defaults(run=search_command)
     find.add_argument("queries", nargs="+", help="sentences in any language")
-    find.add_argument("--images", type=pathlib.Path, required=True, metavar="DIR", help="folder; " + " ".join(SUFFIXES))
+    find.add_argument("--images", type=pathlib.Path, required=True, metavar="DIR", default=argparse.SUPPRESS,
+                      help="folder of " + " ".join(SUFFIXES))
     find.add_argument("--top", type=int, default=5, help="images per query")
     find.add_argument("--html", type=pathlib.Path, default="gallery.html", metavar="FILE", help="the gallery")
     for command in (score, find):
-        command.add_argument("--ckpt", required=True, help="checkpoint of train.py")
+        command.add_argument("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
     args = parser.parse_args(argv)
     target = args.json if args.run is retrieval_command else args.html
     try:

@@ -210,8 +210,8 @@ class ViT(nn.Module):
 
 def conv_stem(width, patch):
     """A 4 x 4 patch convolution, then 3 x 3 stride-2 ones up to `patch`: patches overlap, edges are learned early."""
-    if patch not in (8, 16, 32):
-        raise ValueError(f"a convolution stem halves 4-pixel patches: patch size {patch} is not 8, 16 or 32")
+    if patch not in (8, 16, 32) or width % 16:
+        raise ValueError(f"a stem needs a patch size of 8, 16 or 32, not {patch}, and a width of n * 16, not {width}")
     layers = [nn.Conv2d(3, width // 2, 4, 4), nn.GroupNorm(8, width // 2), nn.GELU()]
     for i in range((patch // 8).bit_length()):
         layers += [nn.Conv2d(width if i else width // 2, width, 3, 2, 1), nn.GroupNorm(8, width), nn.GELU()]

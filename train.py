@@ -20,6 +20,7 @@ Letters: B examples per process, W processes, N = W*B per step, V vocabulary.
 """
 import argparse
 import csv
+import datetime
 import functools
 import json
 import math
@@ -53,10 +54,16 @@ from weights import load_weights, read_checkpoint, write_checkpoint
 FREE = {"out", "stop_after", "save_every", "log_every", "keep", "fresh", "eval", "explain", "workers", "compile"}
 
 
+AT_LEAST_1 = ("steps", "batch", "text_batch", "log_every", "save_every", "chunk", "stop_after")
+LIMITS = {**dict.fromkeys(AT_LEAST_1, (1, math.inf)), "seed": (0, 2 ** 40), "mask_probability": (0, 1),
+          "keywords": (0, 1), "dropout": (0, 0.999), "lr": (1e-12, 1e6), "clip": (1e-12, 1e12)}      # others: from 0
+CHOICES = {"vision": ("vit", "beit2", "clip"), "pool": ("first", "mean")}
+
+
 def settings(argv=None):
     """The command line. Every field of model.Config is a flag too."""
     style = type("Help", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
-    parser, on_off = argparse.ArgumentParser(description=__doc__, formatter_class=style), argparse.BooleanOptionalAction
+    parser, on_off = data.Arguments(description=__doc__, formatter_class=style), argparse.BooleanOptionalAction
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="out", help="folder for ckpt.pt, log.csv and results.json")
     run.add_argument("--steps", type=int, default=1500, help="length of the schedule")
@@ -68,7 +75,7 @@ def settings(argv=None):
     run.add_argument("--fresh", action="store_true", help="start over although OUT holds a checkpoint")
     run.add_argument("--eval", action=on_off, default=True, help="evaluate on the demo's test sets at the end")
     run.add_argument("--explain", action="store_true", help="show one example at every station and exit")
-    run.add_argument("--workers", type=int, default=1, help="processes per process that prepare batches; 0: none")
+    run.add_argument("--workers", type=int, default=1, help="helpers of each process that prepare batches")
     run.add_argument("--checkpointing", action="store_true", help="keep no activations in layers: slower, less memory")
     run.add_argument("--chunk", type=int, metavar="N", help="gradient cache: N sequences at a time, exact gradients")
     run.add_argument("--compile", action="store_true", help="torch.compile the two encoders and the fusion encoder")
@@ -98,16 +105,21 @@ def settings(argv=None):
     model.add_argument("--init", metavar="CKPT", help="start from this checkpoint's weights and tokenizer")
     for field in fields(Config):
         if field.name != "vocabulary":
-            kind = {"action": on_off} if field.type is bool else {"type": field.type}
+            kind = {"action": on_off} if field.type is bool else {
+                "type": field.type, "choices": CHOICES.get(field.name)}
             model.add_argument(f"--{field.name}", **kind, help="None: the preset's")
     return parser.parse_args(argv)
 
 
 def check(args):
     """ValueError on values that cannot work; the model's own checks follow when it is built."""
-    for name in ("steps", "batch", "text_batch", "log_every", "save_every", "chunk"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    sizes = {field.name for field in fields(Config) if field.type is int and field.name != "offset"}
+    for name, value in vars(args).items():
+        low, high = LIMITS.get(name, (int(name in sizes), math.inf))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise ValueError(f"--{name} {value} must be at least {low}" + f" and at most {high:g}" * (high < math.inf))
+    if pathlib.Path(args.out).is_file():
+        raise ValueError(f"--out {args.out} is a file, not a folder")
     for name in ("batch", "text_batch"):
         if getattr(args, name) % world()[1]:
             raise ValueError(f"--{name} {getattr(args, name)} is not a multiple of {world()[1]} processes")
@@ -124,7 +136,7 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))     # rank 0 evaluates
         warnings.filterwarnings("ignore", "Grad strides do not match")         # 1 x 1 convolutions: strides of size 1
     return device
 
@@ -204,13 +216,23 @@ def lr_at(step, args):
     return min((step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.steps - args.warmup))
 
 
+def stem_flops(patches, size):
+    """FLOPs of the convolutions on one image, forward and backward: 6 per weight and place."""
+    flops = 0
+    for conv in (module for module in patches.modules() if isinstance(module, nn.Conv2d)):
+        size //= conv.stride[0]
+        flops += 6 * conv.weight.numel() * size ** 2
+    return flops
+
+
 def step_flops(objective, images, words, fused, rows, hidden):
-    """FLOPs of linear layers, forward and backward: 6 per parameter and token; not attention's products (a few %)."""
+    """FLOPs of a step, forward and backward: of convolutions, and 6 per weight and token of everything linear. Products
+    of attention are left out (a few %: of the demo, 7)."""
     m, size = objective.model, lambda module: sum(p.numel() for p in module.parameters() if p.ndim >= 2)
-    last = size(m.fusion.layers[-1])
-    return 6 * (images * (m.config.image_size // m.config.patch_size) ** 2 * size(m.vision)
-                + words * size(m.text.layers) + fused * (size(m.fusion) - last) + rows * last
-                + hidden * m.mlm_head.weight.numel())
+    last, patches = size(m.fusion.layers[-1]), (m.config.image_size // m.config.patch_size) ** 2
+    return images * stem_flops(m.vision.patches, m.config.image_size) + 6 * (
+        images * patches * size(m.vision.layers) + words * size(m.text.layers) + fused * (size(m.fusion) - last)
+        + rows * last + hidden * m.mlm_head.weight.numel())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -330,7 +352,7 @@ def prepare(args, device):
     out, (rank, W) = pathlib.Path(args.out), world()
     path = out / "ckpt.pt"
     state = read_checkpoint(path) if path.exists() and not args.fresh else None
-    if state:
+    if state and not args.explain:
         compare(args, state["config"]["train"], path)
     first = state or (read_checkpoint(args.init) if args.init else None)
     tokenizer = data.Tokenizer(first["tokenizer"]) if first else data.demo_tokenizer()
@@ -350,6 +372,9 @@ def prepare(args, device):
             objective.text_fusion.load_state_dict(state["text_fusion"])
         if len(state["rng"]) == W:
             torch.set_rng_state(state["rng"][rank])
+        say(f"{path}: {state['step']} of {args.steps} steps are done")
+    elif args.explain and not args.init:
+        say("new weights: nothing is trained yet")
     model.chunk = args.chunk
     for layer in objective.modules():                                        # the unshared fusion encoder's too
         layer.checkpointing = args.checkpointing
@@ -408,8 +433,8 @@ def train(args, device, run):
                              f"the last batch held {run.tokenizer.words(batch[0]['b'].words[:20])} ...")
         if step % args.save_every == 0 or step == last or stop:
             save(run, step, args)
-        if stop:
-            say(f"SIGTERM: saved {run.path} at step {step}; the same command continues")
+        if stop or step == last < args.steps:
+            say(f"{'SIGTERM' if stop else '--stop_after'}: saved {run.path} at step {step}; the same command continues")
             break
     signal.signal(signal.SIGTERM, before)
     bar.close()
@@ -459,7 +484,8 @@ def main(argv=None):
     try:
         device = start_processes()
         check(args)
-        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+        if not args.explain:
+            pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
         run = prepare(args, device)
         if args.explain:
             evaluate.explain(run.objective.model.eval(), run.tokenizer, to_device(run.batches[0][0], device))

@@ -9,6 +9,7 @@ One drawing is 64 x 64 pixels. A scene has two to four of them and is captioned 
 ("fireworks, helmet, and old man"), so no sentence here was written by us.
 
     python -m demo.emoji            draws the first training examples to emoji.png and prints their captions
+    python -m demo.emoji DIR        writes the drawings of test_style there, one file each: something to search in
 """
 import functools
 import gzip
@@ -16,6 +17,7 @@ import io
 import json
 import math
 import pathlib
+import sys
 import zipfile
 
 import numpy as np
@@ -179,6 +181,12 @@ def split(name):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        folder = pathlib.Path(sys.argv[1])
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in split("test_style"):
+            row["image"].save(folder / (row["captions"]["en"][0].replace(" ", "_").replace("/", "_") + ".png"))
+        sys.exit(print(f"wrote {len(list(folder.iterdir()))} pictures into {folder}"))
     sheet, ids = Image.new("RGB", (12 * SIZE, 4 * SIZE)), list(training_drawings())
     for k in range(48):
         rng = np.random.default_rng(k)
@@ -186,3 +194,4 @@ if __name__ == "__main__":
         sheet.paste(draw([rng.choice(training_drawings()[i]) for i in chosen], rng), (k % 12 * SIZE, k // 12 * SIZE))
         print(f"{k:3} {caption(chosen, 'en')}  |  {caption(chosen, 'ja')}")
     sheet.save("emoji.png")
+    print("wrote emoji.png")
