@@ -44,7 +44,7 @@ import evaluate
 from kernels.attention import running
 from losses import cross_view, total, world
 from model import CCLM, PRESETS, Config, Fusion, View, build, parameter_groups
-from weights import load_weights, read_checkpoint, write_checkpoint
+from weights import initialise, read_checkpoint, starting_point, write_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------------
 # Settings (the FREE ones may differ on resume)
@@ -94,8 +94,10 @@ def settings(argv=None):
     how.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's, not on vectors")
     how.add_argument("--clip", type=float, default=1.0, help="global gradient norm")
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", default="demo", choices=PRESETS, help="model size")
-    model.add_argument("--init", metavar="CKPT", help="start from this checkpoint's weights and tokenizer")
+    model.add_argument("--preset", default="demo", choices=PRESETS, help="model size (default: %(default)s)")
+    model.add_argument("--init", metavar="CKPT", help="start from this checkpoint: weights, tokenizer and model settings")
+    model.add_argument("--init_text", metavar="PATH", help="start from XLM-R, its file or folder (weights.py)")
+    model.add_argument("--init_vision", metavar="PATH", help="start from BEiT-2, DeiT, ViT or CLIP (weights.py)")
     for field in fields(Config):
         if field.name != "vocabulary":
             kind = {"action": on_off} if field.type is bool else {"type": field.type}
@@ -332,13 +334,13 @@ def prepare(args, device):
     state = read_checkpoint(path) if path.exists() and not args.fresh else None
     if state:
         compare(args, state["config"]["train"], path)
-    first = state or (read_checkpoint(args.init) if args.init else None)
-    tokenizer = data.Tokenizer(first["tokenizer"]) if first else data.demo_tokenizer()
+    own, spm, first = starting_point(state, (args.init, args.init_vision, args.init_text))
+    tokenizer = data.Tokenizer(spm) if spm else data.demo_tokenizer()
     torch.manual_seed(args.seed)
     changes = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name, None) is not None}
-    model = CCLM(build(args.preset, **changes | {"vocabulary": tokenizer.size}))
+    model = CCLM(build(args.preset, **own | changes | {"vocabulary": tokenizer.size}))
     if first:
-        load_weights(model, first["model"], path if state else args.init)
+        say(initialise(model, first))
     objective = Objective(model, args).to(device)
     fusion = [name for name, _ in objective.named_parameters() if "fusion" in name or "itm_head" in name]
     groups = parameter_groups(objective, args.lr, args.weight_decay, fusion, args.fusion_lr, args.temperature_lr)
