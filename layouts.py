@@ -288,9 +288,9 @@ def fit(source, model, allow=()):
     for name in sorted(own.keys() & weights.keys()):
         if weights[name].shape != own[name].shape:
             theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
-            raise ValueError(f"{source.title} does not fit this model: {name} is {theirs} there and {ours} here; repeat "
+            raise ValueError(f"{source.title} does not fit this model: {name} is {theirs} there, {ours} here; repeat "
                              f"its model settings")
-    held = {part(name) for name in weights} | set(source.parts)
+    held = set(map(part, source.weights)) | set(source.parts)
     missing = {name: why(source.new, name) or ("named by --allow_missing" if named(name) else
                                                "" if part(name) in held else "no source holds this part")
                for name in own if name not in weights}

@@ -152,7 +152,7 @@ def read_sources(paths, every_second=False):
 
 
 def starting_point(state, paths):
-    """Where train.py begins: at a checkpoint's state to resume, or at --init, --init_vision and --init_text (None: not given)
+    """Where train.py begins: at a checkpoint to resume, or at --init, --init_vision, --init_text (None: not given)
     -> (fields of Config, tokenizer's bytes, Source); ({}, b"", None) for random weights."""
     paths = [path for path in paths if path]
     if not state and not paths:
