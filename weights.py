@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import data
-from layouts import Source, fit, merge, part, report, text_encoder, translate
+from layouts import PARTS, Source, fit, merge, part, report, text_encoder, translate
 from model import CCLM, Config, build
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -121,6 +121,12 @@ def write_safetensors(path, tensors):
 # Import
 # ------------------------------------------------------------------------------------------------------------------
 
+def own_source(weights, config, tokenizer):
+    """A checkpoint or an export of this program: the names are ours, and every part must be there."""
+    notes = [(name, [name], "") for name in weights]
+    return Source("this program's checkpoint", weights, notes, config, (*PARTS, "mlm_head"), {}, tokenizer)
+
+
 def read_source(path, every_second=False):
     """A published file, a folder with one, or a checkpoint or export of ours -> Source; its tensors map the file."""
     path = pathlib.Path(path)
@@ -139,8 +145,7 @@ def read_source(path, every_second=False):
     try:
         if "temperature" in tensors:                                         # our own names
             config = read_checkpoint(file)["config"]["model"] if inner else json.loads(settings.read_text())
-            return Source("CCLM of this program", tensors, [(name, [name], "") for name in tensors], config, (), {},
-                          whole["tokenizer"] if inner else tokenizer)
+            return own_source(tensors, config, whole["tokenizer"] if inner else tokenizer)
         return translate(tensors, every_second)._replace(tokenizer=tokenizer)
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}: {error}") from None
@@ -157,10 +162,8 @@ def starting_point(state, paths):
     paths = [path for path in paths if path]
     if not state and not paths:
         return {}, b"", None
-    if state:
-        fields, tokenizer = state["config"]["model"], state["tokenizer"]
-        return fields, tokenizer, Source("the checkpoint", state["model"], [], fields, (), {}, tokenizer)
-    source = read_sources(paths)
+    saved = state and (state["model"], state["config"]["model"], state["tokenizer"])
+    source = own_source(*saved) if state else read_sources(paths)
     if "text" in map(part, source.weights) and not source.tokenizer:
         raise ValueError(f"{' and '.join(paths)}: no tokenizer; put its sentencepiece.bpe.model into the same folder")
     return source.fields, source.tokenizer, source
