@@ -102,7 +102,7 @@ class Source(NamedTuple):
     fields: dict                        # of Config
     parts: tuple
     new: dict
-    tokenizer: bytes = b""              # a sentencepiece model
+    tokenizer: bytes | None = None      # a sentencepiece model
 
 
 def part(name):
@@ -303,11 +303,12 @@ def fit(source, model, allow=()):
     return {name: tensor for name, tensor in weights.items() if name in own}, missing
 
 
-def report(source, missing, made):
-    """The key report: one line for tensors that differ only in their layer, with their number."""
+def report(source, weights, missing, made):
+    """The key report: one line for tensors that differ only in their layer, with their number. weights: what is used;
+    made: {missing name: its new tensor}."""
     first = lambda t: t.flatten()[0].item()
-    lines = [f"{name} -> unused: {reason or 'named by --allow_missing'}" if reason or not ours else
-             f"{name} -> used as {', '.join(ours)}" for name, ours, reason in source.notes]
+    lines = [f"{name} -> used as {', '.join(ours)}" if ours and not reason and weights.keys() >= set(ours) else
+             f"{name} -> unused: {reason or 'named by --allow_missing'}" for name, ours, reason in source.notes]
     for name, reason in missing.items():
         t = made[name]
         how = f"all {first(t):.3g}" if (t == first(t)).all() else f"random, deviation {t.std().item():.2g}"

@@ -94,8 +94,8 @@ def settings(argv=None):
     how.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's, not on vectors")
     how.add_argument("--clip", type=float, default=1.0, help="global gradient norm")
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", default="demo", choices=PRESETS, help="model size (default: %(default)s)")
-    model.add_argument("--init", metavar="CKPT", help="start from this checkpoint: weights, tokenizer and model settings")
+    model.add_argument("--preset", default="demo", choices=PRESETS, help="model size")
+    model.add_argument("--init", metavar="CKPT", help="start from its weights, tokenizer and model settings")
     model.add_argument("--init_text", metavar="PATH", help="start from XLM-R, its file or folder (weights.py)")
     model.add_argument("--init_vision", metavar="PATH", help="start from BEiT-2, DeiT, ViT or CLIP (weights.py)")
     for field in fields(Config):
@@ -334,13 +334,11 @@ def prepare(args, device):
     state = read_checkpoint(path) if path.exists() and not args.fresh else None
     if state:
         compare(args, state["config"]["train"], path)
-    own, spm, first = starting_point(state, (args.init, args.init_vision, args.init_text))
-    tokenizer = data.Tokenizer(spm) if spm else data.demo_tokenizer()
     torch.manual_seed(args.seed)
     changes = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name, None) is not None}
-    model = CCLM(build(args.preset, **own | changes | {"vocabulary": tokenizer.size}))
-    if first:
-        say(initialise(model, first))
+    sources = args.init, args.init_vision, args.init_text
+    model, tokenizer, start = starting_point(path, state, sources, args.preset, changes)
+    say(f"start: {start}")
     objective = Objective(model, args).to(device)
     fusion = [name for name, _ in objective.named_parameters() if "fusion" in name or "itm_head" in name]
     groups = parameter_groups(objective, args.lr, args.weight_decay, fusion, args.fusion_lr, args.temperature_lr)
@@ -358,7 +356,7 @@ def prepare(args, device):
     if args.compile:
         for part in (model.vision, model.text, model.fusion):
             part.compile(dynamic=True)
-    images = data.DemoImages(scenes=args.scenes, keywords=args.keywords)
+    images = data.DemoImages(scenes=args.scenes, keywords=args.keywords, size=model.config.image_size)
     parallel = data.DemoParallel(scenes=args.text_scenes) if args.parallel_text else None
     batches = data.Batches(tokenizer, images, parallel, args.batch, args.text_batch, args.seed, rank, W,
                            mask_probability=args.mask_probability)

@@ -73,9 +73,9 @@ def read_checkpoint(path):
     """The dict that train.py saved; ValueError in one line for anything else."""
     state = read_pickle(path)
     try:
-        state["model"], state["config"]["model"], state["config"]["train"], state["tokenizer"]
+        dict(state["model"]), dict(state["config"]["model"]), dict(state["config"]["train"]), state["tokenizer"]
         return state
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError, ValueError):
         raise ValueError(f"{path} is not a checkpoint of train.py; or first: python weights.py import") from None
 
 
@@ -94,8 +94,8 @@ def read_safetensors(path):
                 (start, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
                 if end - start != math.prod(shape) * dtype.itemsize or start < 0 or 8 + length + end > size:
                     raise ValueError(f"{name} does not fit into the file")
-                raw = np.memmap(path, "u1", "c", 8 + length + start, end - start) if end > start else np.zeros(0, "u1")
-                tensors[name] = torch.from_numpy(raw).view(dtype).view(shape)
+                tensors[name] = torch.zeros(shape, dtype=dtype) if end == start else torch.from_numpy(
+                    np.memmap(path, "u1", "c", 8 + length + start, end - start)).view(dtype).view(shape)
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
@@ -121,10 +121,19 @@ def write_safetensors(path, tensors):
 # Import
 # ------------------------------------------------------------------------------------------------------------------
 
-def own_source(weights, config, tokenizer):
+def known_fields(config, path):
+    """The fields of a saved Config; ValueError for one that this version lacks."""
+    strange = set(config) - {field.name for field in fields(Config)}
+    if strange:
+        raise ValueError(f"{path} was saved by another version of this program, with the setting "
+                         f"{min(map(str, strange))!r}: use that version")
+    return config
+
+
+def own_source(path, weights, config, tokenizer):
     """A checkpoint or an export of this program: the names are ours, and every part must be there."""
     notes = [(name, [name], "") for name in weights]
-    return Source("this program's checkpoint", weights, notes, config, (*PARTS, "mlm_head"), {}, tokenizer)
+    return Source(str(path), weights, notes, known_fields(config, path), (*PARTS, "mlm_head"), {}, tokenizer)
 
 
 def read_source(path, every_second=False):
@@ -141,11 +150,11 @@ def read_source(path, every_second=False):
     if not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{file} holds no state dict, neither bare nor under 'model' or 'module'")
     spm, settings = folder / "sentencepiece.bpe.model", folder / "config.json"
-    tokenizer = spm.read_bytes() if spm.exists() else b""
+    tokenizer = spm.read_bytes() if spm.exists() else None
     try:
         if "temperature" in tensors:                                         # our own names
             config = read_checkpoint(file)["config"]["model"] if inner else json.loads(settings.read_text())
-            return own_source(tensors, config, whole["tokenizer"] if inner else tokenizer)
+            return own_source(path, tensors, config, whole["tokenizer"] if inner else tokenizer)
         return translate(tensors, every_second)._replace(tokenizer=tokenizer)
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}: {error}") from None
@@ -156,17 +165,11 @@ def read_sources(paths, every_second=False):
     return functools.reduce(merge, [read_source(path, every_second) for path in paths])
 
 
-def starting_point(state, paths):
-    """Where train.py begins: at a checkpoint to resume, or at --init, --init_vision, --init_text (None: not given)
-    -> (fields of Config, tokenizer's bytes, Source); ({}, b"", None) for random weights."""
-    paths = [path for path in paths if path]
-    if not state and not paths:
-        return {}, b"", None
-    saved = state and (state["model"], state["config"]["model"], state["tokenizer"])
-    source = own_source(*saved) if state else read_sources(paths)
-    if "text" in map(part, source.weights) and not source.tokenizer:
-        raise ValueError(f"{' and '.join(paths)}: no tokenizer; put its sentencepiece.bpe.model into the same folder")
-    return source.fields, source.tokenizer, source
+def usual(source):
+    """Fields of Config: what a source says, and where it says nothing heads 64 wide and MLPs four times the width."""
+    width, towers = source.fields["width"], ("vision", "text", "fusion")
+    return ({f"{t}_heads": max(1, width // 64) for t in towers} | {f"{t}_hidden": 4 * width for t in towers}
+            | source.fields)
 
 
 def initialise(model, source):
@@ -175,6 +178,23 @@ def initialise(model, source):
     model.load_state_dict(weights, strict=False)
     new = sorted({part(name) for name in missing})
     return f"{len(weights)} tensors from {source.title}; new: {', '.join(new) or 'nothing'}"
+
+
+def starting_point(path, state, paths, preset, changes):
+    """Where train.py begins: at the checkpoint `state` of `path` to resume, else at the files of --init, --init_vision,
+    --init_text (None: not given), else at random weights -> (CCLM, data.Tokenizer, a line about it). changes: fields of
+    Config that the command line names; they win over the source's, and the source's over the preset's."""
+    paths = [p for p in paths if p]
+    if not state and not paths:
+        tokenizer = data.demo_tokenizer()
+        return CCLM(build(preset, **changes | {"vocabulary": tokenizer.size})), tokenizer, "random weights"
+    source = (own_source(path, state["model"], state["config"]["model"], state["tokenizer"]) if state else
+              read_sources(paths))
+    if not source.tokenizer and "text" in map(part, source.weights):
+        raise ValueError(f"{' and '.join(paths)}: no tokenizer; put its sentencepiece.bpe.model into the same folder")
+    tokenizer = data.Tokenizer(source.tokenizer) if source.tokenizer else data.demo_tokenizer()
+    model = CCLM(build(preset, **usual(source) | changes | {"vocabulary": tokenizer.size}))
+    return model, tokenizer, initialise(model, source)
 
 
 def fresh(config, names):
@@ -187,12 +207,10 @@ def fresh(config, names):
 
 
 def import_sources(paths, changes=None, every_second=False, allow=()):
-    """Published files -> (a checkpoint's dict, the report's lines). What no source says is as in the preset base, heads
-    64 wide. changes: fields of Config in place of what was read."""
+    """Published files -> (a checkpoint's dict, the report's lines). What no source says is as in the preset base.
+    changes: fields of Config in place of what was read; allow: patterns of names that may be missing or unknown."""
     source = read_sources(paths, every_second)
-    width, towers = source.fields["width"], ("vision", "text", "fusion")
-    base = {f"{t}_heads": max(1, width // 64) for t in towers} | {f"{t}_hidden": 4 * width for t in towers}
-    config = build("base", **base | source.fields | (changes or {}))
+    config = build("base", **usual(source) | (changes or {}))
     with torch.device("meta"):
         model = CCLM(config)
     weights, missing = fit(source, model, allow)
@@ -204,7 +222,7 @@ def import_sources(paths, changes=None, every_second=False, allow=()):
     state = {"model": weights, "step": 0, "tokenizer": source.tokenizer,
              "config": {"model": asdict(config), "train": {"init": source.title}}}
     told = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
-    return state, report(source, missing, made) + [told, f"tokenizer: {'its own' if source.tokenizer else 'not found'}"]
+    return state, report(source, weights, missing, made) + [told, f"tokenizer: {'its own' if source.tokenizer else 'not found'}"]
 
 
 def load_weights(model, weights, source):
@@ -221,10 +239,7 @@ def load_weights(model, weights, source):
 def load_model(path):
     """A checkpoint's model, with its own Config -> (CCLM, the whole dict). ValueError in one line when it cannot be."""
     state = read_checkpoint(path)
-    try:
-        model = CCLM(Config(**state["config"]["model"]))
-    except TypeError as error:
-        raise ValueError(f"{path} was saved by another version of this program ({error})") from None
+    model = CCLM(Config(**known_fields(state["config"]["model"], path)))
     load_weights(model, state["model"], path)
     return model, state
 
@@ -236,7 +251,7 @@ def load_model(path):
 def export(path, folder):
     """A checkpoint -> folder/{model.safetensors, config.json, sentencepiece.bpe.model, README.md, text_encoder/}."""
     state, folder = read_checkpoint(path), pathlib.Path(folder)
-    config = Config(**state["config"]["model"])
+    config = Config(**known_fields(state["config"]["model"], path))
     own = {name: t for name, t in state["model"].items() if name != "mlm_head.weight" or not config.tied}
     parts = (folder, asdict(config), own), (folder / "text_encoder", *text_encoder(own, config))
     for place, settings, tensors in parts:

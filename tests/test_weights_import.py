@@ -9,7 +9,7 @@ from model import CCLM, build
 
 
 def zeros(*shape):
-    return torch.zeros(1).expand(shape)                                      # of any size, without memory
+    return torch.zeros(()).expand(shape)                                     # of any size, without memory
 
 
 def linear(name, out, into, bias=True):
