@@ -39,6 +39,9 @@ class Tokenizer:
 
     def __init__(self, model):
         """model: the bytes of a sentencepiece model (XLM-R's own sentencepiece.bpe.model works)."""
+        if not model:
+            raise ValueError("no tokenizer: its sentencepiece.bpe.model must lie beside the weights when they are "
+                             "imported")
         self.model = model
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)

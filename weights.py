@@ -69,9 +69,9 @@ def read_pickle(path, mmap=False):
                          f"{path} is truncated or not a checkpoint ({type(error).__name__})") from None
 
 
-def read_checkpoint(path):
-    """The dict that train.py saved; ValueError in one line for anything else."""
-    state = read_pickle(path)
+def read_checkpoint(path, mmap=False):
+    """The dict that train.py saved; ValueError in one line for anything else. mmap: its tensors map the file."""
+    state = read_pickle(path, mmap)
     try:
         dict(state["model"]), dict(state["config"]["model"]), dict(state["config"]["train"]), state["tokenizer"]
         return state
@@ -122,11 +122,12 @@ def write_safetensors(path, tensors):
 # ------------------------------------------------------------------------------------------------------------------
 
 def known_fields(config, path):
-    """The fields of a saved Config; ValueError for one that this version lacks."""
-    strange = set(config) - {field.name for field in fields(Config)}
-    if strange:
-        raise ValueError(f"{path} was saved by another version of this program, with the setting "
-                         f"{min(map(str, strange))!r}: use that version")
+    """The fields of a saved Config -> the same; ValueError for one that this version of the program cannot build."""
+    kinds = {field.name: (int, float) if field.type is float else field.type for field in fields(Config)}
+    for name, value in config.items():
+        if not isinstance(value, kinds.get(name, ())):
+            raise ValueError(f"{path} was saved by another version of this program, which this one cannot read: "
+                             f"setting {name!r} is {value!r}; use that version")
     return config
 
 
@@ -151,18 +152,25 @@ def read_source(path, every_second=False):
         raise ValueError(f"{file} holds no state dict, neither bare nor under 'model' or 'module'")
     spm, settings = folder / "sentencepiece.bpe.model", folder / "config.json"
     tokenizer = spm.read_bytes() if spm.exists() else None
+    if "temperature" in tensors and inner:                                   # our own names
+        state = read_checkpoint(file, mmap=True)
+        return own_source(path, tensors, state["config"]["model"], state["tokenizer"])
     try:
-        if "temperature" in tensors:                                         # our own names
-            config = read_checkpoint(file)["config"]["model"] if inner else json.loads(settings.read_text())
-            return own_source(path, tensors, config, whole["tokenizer"] if inner else tokenizer)
+        if "temperature" in tensors:
+            return own_source(path, tensors, dict(json.loads(settings.read_text(encoding="utf-8"))), tokenizer)
         return translate(tensors, every_second)._replace(tokenizer=tokenizer)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
 def read_sources(paths, every_second=False):
     """Several sources as one: a later one replaces parts of earlier ones, see layouts.merge."""
-    return functools.reduce(merge, [read_source(path, every_second) for path in paths])
+    source = functools.reduce(merge, [read_source(path, every_second) for path in paths])
+    words, rows = source.tokenizer and data.Tokenizer(source.tokenizer).size, source.fields.get("vocabulary")
+    if words and rows and words != rows:
+        raise ValueError(f"{source.title}: the tokenizer beside it has {words:,} words, its table {rows:,}: put the "
+                         f"sentencepiece.bpe.model it was trained with into its folder")
+    return source
 
 
 def usual(source):
@@ -215,14 +223,12 @@ def import_sources(paths, changes=None, every_second=False, allow=()):
         model = CCLM(config)
     weights, missing = fit(source, model, allow)
     made = fresh(config, missing) if missing else {}
-    words = data.Tokenizer(source.tokenizer).size if source.tokenizer else config.vocabulary
-    if words != config.vocabulary:
-        raise ValueError(f"its tokenizer has {words:,} words, the model {config.vocabulary:,}")
     weights = {name: weights[name] if name in weights else made[name] for name in model.state_dict()}
     state = {"model": weights, "step": 0, "tokenizer": source.tokenizer,
              "config": {"model": asdict(config), "train": {"init": source.title}}}
-    told = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
-    return state, report(source, weights, missing, made) + [told, f"tokenizer: {'its own' if source.tokenizer else 'not found'}"]
+    lines = report(source, weights, missing, made)
+    return state, lines + [", ".join(f"{name} {value}" for name, value in asdict(config).items()),
+                           f"tokenizer: {'its own' if source.tokenizer else 'not found'}"]
 
 
 def load_weights(model, weights, source):
