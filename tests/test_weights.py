@@ -1,8 +1,8 @@
-"""The official model's weights give the official numbers: states, vectors, losses, and the gradient of every parameter.
+"""The official model's weights give the official numbers: states, vectors, losses, the gradient of every parameter.
 
-tests/fixtures/official_*.pt hold what the official classes (zengyan-97/X2-VLM and CCLM, only sizes changed) computed from random
-weights: "model" their state dict in fp32, inputs, outputs in fp64 (fp32 in the retrieval file), and of every parameter's gradient
-three numbers: its norm and its inner products with two vectors of random signs."""
+tests/fixtures/official_*.pt hold what the official classes (zengyan-97/X2-VLM and CCLM, only sizes changed) computed
+from random weights: "model" their state dict in fp32, inputs, outputs in fp64 (fp32 in the retrieval file), and of
+every parameter's gradient three numbers: its norm and its inner products with two vectors of random signs."""
 import functools
 import pathlib
 
@@ -16,6 +16,7 @@ from model import CCLM, Config
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 HEADS = {"vision_heads": 4, "text_heads": 4, "fusion_heads": 4}              # toy heads are 16 wide, not 64
+PAIRS, WORDS = {"contrast": 1.0, "match": 1.0, "mask": 0.0}, {"contrast": 0.0, "match": 0.0, "mask": 1.0}
 TOLERANCE = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-5, 1e-4)}       # of states and losses, of gradients
 
 
@@ -60,8 +61,9 @@ def signs(seed, n):
 
 
 def gradient_errors(model, name, expected, dtype):
-    """{official name: error} by the three numbers; floor: 1e-6 of the norm of all gradients together. A key's bias has gradient
-    zero by construction: what fp32 leaves there is rounding, below 1e-7 of that norm. Takes no part: no gradient, or zero."""
+    """{official name: error} by the three numbers; floor: 1e-6 of the norm of all gradients together. A key's bias has
+    gradient zero by construction: what fp32 leaves there is rounding, below 1e-7 of that norm. Takes no part: no
+    gradient, or zero."""
     ours = {n: p.grad for n, p in model.named_parameters()}
     became = {theirs: to for theirs, to, why in weights.read_sources([path(name)]).notes if not why}
     total = expected["grads"][:, 0].double().nan_to_num().norm().item()
@@ -77,19 +79,20 @@ def gradient_errors(model, name, expected, dtype):
             assert got[0] < 1e-7 * total and reference[0] < 1e-7 * total, theirs
             continue
         errors[theirs] = float((got - reference).abs().max() / max(float(reference[0]), 1e-6 * total))
-    assert all(g is None or not g.any() for g in ours.values()), ours.keys()                     # no gradient is left over
+    assert all(g is None or not g.any() for g in ours.values()), ours.keys()                     # none is left over
     return errors
 
 
 def check_fusion(model, expected, tolerance, a, b, mask, masked=None, other=None, masked_mask=None):
-    """Fused states of true pairs (b looks at a), of pairs with the official wrong partners, of masked texts that look at other."""
+    """Fused states of true pairs (b looks at a), of pairs with the official wrong partners, of masked texts that look
+    at `other`."""
     everyone, fused = torch.arange(6), expected["get_cross_embeds"]
     got = model.fuse(b.states, b.starts, a.states, a.starts)
     assert error(got, real(fused[0], mask)) < tolerance
     texts, views = torch.cat([everyone, expected["neg_text_idx"]]), torch.cat([expected["neg_image_idx"], everyone])
     got = model.fuse(b.states, b.starts, a.states, a.starts, views, None, texts)
     assert error(got, real(fused[1], mask[texts])) < tolerance
-    if len(fused) > 2:                                                       # the single stack goes from ids to masked states in one call
+    if len(fused) > 2:                                                       # single stack: one call, states not seen
         got = model.fuse(masked.states, masked.starts, other.states, other.starts)
         assert error(got, real(fused[2], masked_mask)) < tolerance
 
@@ -97,7 +100,7 @@ def check_fusion(model, expected, tolerance, a, b, mask, masked=None, other=None
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["x2vlm", "single_stack"])
 def test_image_text_gives_the_official_numbers(name, dtype):
-    """x2vlm: BEiT-2, separate encoders, untied head. single_stack: plain ViT, one stack, positions from 0, tied head."""
+    """x2vlm: BEiT-2, separate encoders, untied head. single_stack: plain ViT, one stack, positions from 0, tied."""
     model, expected, inputs = imported(name, dtype), official(name)["image_text"], official(name)["inputs"]
     text, ids, (near, far) = inputs["t1"], torch.arange(6), TOLERANCE[dtype]
     image = model.encode_image(official("x2vlm")["inputs"]["image"].to(dtype), ids)
@@ -123,7 +126,8 @@ def test_image_text_gives_the_official_numbers(name, dtype):
 @pytest.mark.parametrize("name", ["x2vlm", "single_stack"])
 def test_parallel_text_gives_the_official_numbers(name, dtype):
     """The official step matches t2's words with t1, and restores t1's words from t2 (F2.3): two calls of cross_view."""
-    model, expected, (t1, t2) = imported(name, dtype), official(name)["para_text"], [official(name)["inputs"][t] for t in ("t1", "t2")]
+    model, expected, inputs = imported(name, dtype), official(name)["para_text"], official(name)["inputs"]
+    t1, t2 = inputs["t1"], inputs["t2"]
     ids, (near, far) = torch.arange(6), TOLERANCE[dtype]
     a, b = (model.encode_text(*pack(t["text_ids"], t["text_atts"]), ids) for t in (t1, t2))
     words, rows, truth = hidden(t1)
@@ -134,8 +138,8 @@ def test_parallel_text_gives_the_official_numbers(name, dtype):
         assert error(view.vectors, vectors) < near
     check_fusion(model, expected, near, a, b, t2["text_atts"], masked, b, t1["text_atts"])
     wrong = expected["neg_image_idx"], expected["neg_text_idx"]
-    first = cross_view(model, a, b, b.states, rows[:0], truth[:0], 0, wrong, weights={"contrast": 1.0, "match": 1.0, "mask": 0.0})
-    second = cross_view(model, b, a, masked.states, rows, truth, 0, wrong, weights={"contrast": 0.0, "match": 0.0, "mask": 1.0})
+    first = cross_view(model, a, b, b.states, rows[:0], truth[:0], 0, wrong, weights=PAIRS)
+    second = cross_view(model, b, a, masked.states, rows, truth, 0, wrong, weights=WORDS)
     for got, theirs in ((first["contrast"], "loss_ttc"), (first["match"], "loss_ttm"), (second["mask"], "loss_mlm")):
         assert error(got, expected["loss"][theirs]) < near, theirs
     (first["loss"] + second["loss"]).backward()
@@ -145,9 +149,10 @@ def test_parallel_text_gives_the_official_numbers(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_retrieval_fine_tuning_gives_the_official_numbers(dtype):
-    """Captions of one image are soft labels of each other (same="positive") and never its wrong partners. fp32 reference."""
-    model, expected, text = imported("retrieval", dtype), official("retrieval")["image_text"], official("retrieval")["inputs"]["t1"]
-    ids = official("retrieval")["idx"]
+    """Captions of one image are soft labels of each other (same="positive") and never its wrong partners. fp32
+    reference."""
+    model, reference = imported("retrieval", dtype), official("retrieval")
+    expected, text, ids = reference["image_text"], reference["inputs"]["t1"], reference["idx"]
     image = model.encode_image(official("x2vlm")["inputs"]["image"].to(dtype), ids)
     caption = model.encode_text(*pack(text["text_ids"], text["text_atts"]), ids)
     assert error(image.states, expected["get_vision_embeds"].flatten(0, 1)) < 1e-5
@@ -155,7 +160,7 @@ def test_retrieval_fine_tuning_gives_the_official_numbers(dtype):
     check_fusion(model, expected, 1e-5, image, caption, text["text_atts"])
     nothing = torch.zeros(0, dtype=torch.long)
     losses = cross_view(model, image, caption, caption.states, nothing, nothing, 0, same="positive",
-                        wrong=(expected["neg_image_idx"], expected["neg_text_idx"]), weights={"contrast": 1.0, "match": 1.0, "mask": 0.0})
+                        wrong=(expected["neg_image_idx"], expected["neg_text_idx"]), weights=PAIRS)
     for ours, theirs in (("contrast", "loss_itc"), ("match", "loss_itm")):
         assert error(losses[ours], expected["loss"][theirs]) < 1e-5, ours
     losses["loss"].backward()
