@@ -256,7 +256,7 @@ def load_model(path):
 
 def export(path, folder):
     """A checkpoint -> folder/{model.safetensors, config.json, sentencepiece.bpe.model, README.md, text_encoder/}."""
-    state, folder = read_checkpoint(path), pathlib.Path(folder)
+    state, folder = read_checkpoint(path, mmap=True), pathlib.Path(folder)
     config = Config(**known_fields(state["config"]["model"], path))
     own = {name: t for name, t in state["model"].items() if name != "mlm_head.weight" or not config.tied}
     parts = (folder, asdict(config), own), (folder / "text_encoder", *text_encoder(own, config))
