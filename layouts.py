@@ -299,7 +299,8 @@ def fit(source, model, allow=()):
     lost = [name for name, reason in missing.items() if not reason]
     if strange or lost:
         raise ValueError(f"{source.title}: {len(strange)} tensors are unknown, {len(lost)} are missing, among them "
-                         f"{', '.join(strange[:3] + lost[:3])}; --allow_missing NAME ... goes on without")
+                         f"{', '.join(strange[:3] + lost[:3])}; repeat its model settings, or import it with "
+                         f"weights.py import --allow_missing NAME, which goes on without")
     return {name: tensor for name, tensor in weights.items() if name in own}, missing
 
 

@@ -92,7 +92,7 @@ def read_safetensors(path):
         for name, entry in header.items():
             if name != "__metadata__":
                 (start, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-                if end - start != math.prod(shape) * dtype.itemsize or start < 0 or 8 + length + end > size:
+                if end - start != math.prod(shape) * dtype.itemsize or start < 0:        # an end too far: mmap refuses
                     raise ValueError(f"{name} does not fit into the file")
                 tensors[name] = torch.zeros(shape, dtype=dtype) if end == start else torch.from_numpy(
                     np.memmap(path, "u1", "c", 8 + length + start, end - start)).view(dtype).view(shape)
@@ -266,7 +266,8 @@ def export(path, folder):
         (place / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         if state["tokenizer"]:
             (place / "sentencepiece.bpe.model").write_bytes(state["tokenizer"])
-    start = state["config"]["train"].get("init") or "random weights"
+    began = [state["config"]["train"].get(name) for name in ("init", "init_vision", "init_text")]
+    start = " + ".join(filter(None, began)) or "random weights"
     (folder / "README.md").write_text(CARD.format(sum(t.numel() for t in own.values()), state["step"], start, config))
 
 

@@ -1,6 +1,7 @@
 """Import: sizes to the unit, every tensor accounted for, where CCLM began, other resolutions."""
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,6 +134,13 @@ def test_position_tables_are_resized_bicubically():
     want = torch.einsum("iy,jx,yxd->ijd", matrix, matrix, table[1:].view(14, 14, 3)).flatten(0, 1)
     got = layouts.resize_positions(table, 24)                                # (1 + 24 * 24, 3)
     assert torch.equal(got[0], table[0]) and torch.allclose(got[1:], want, atol=1e-5)
+
+
+def test_the_cubic_spline_is_scipys():
+    """scipy.interpolate.CubicSpline (not-a-knot) gave these numbers; tests/test_weights_others.py runs SciPy itself."""
+    matrix = layouts.cubic(np.array([-4.0, -1.5, 0, 1, 3, 7]), np.array([-3.0, 0.25, 2.0, 6.5]))
+    want = [0.5298155737704916, 1.197744300717213, 1.906548838797814, -1.9076065146857921]
+    assert np.abs(matrix @ [2.0, -1, 0.5, 3, -2, 4] - want).max() < 1e-12
 
 
 def test_resized_relative_tables_keep_cubics():
