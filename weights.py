@@ -63,7 +63,7 @@ def read_pickle(path, mmap=False):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint or file of weights") from None
     except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError,
-            MemoryError, pickle.UnpicklingError) as error:                   # what broken bytes make of the unpickler
+            AssertionError, MemoryError, pickle.UnpicklingError) as error:   # what broken bytes make of the unpickler
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         raise ValueError(f"{path} is refused, not a checkpoint of plain data: it asks to run {code[1]}" if code else
                          f"{path} is truncated or not a checkpoint ({type(error).__name__})") from None

@@ -54,15 +54,16 @@ def test_files_that_are_no_weights_are_refused(tmp_path, capsys, monkeypatch):
         whole = open(name, "rb").read()
         for share in (0.0, 0.0001, 0.02, 0.5, 0.999):
             open("cut" + name, "wb").write(whole[:int(share * len(whole))])
-            refused(capsys, ["import", "cut" + name, "--out", "ckpt.pt"], "cut" + name)
+            refused(capsys, ["import", "cut" + name, "--out", "ckpt.pt"], "cut" + name + " is truncated")
     foreign = {"conv.weight": torch.zeros(2)}
     for name, content in (("list.pt", [1, 2]), ("odd.pt", {"model": {"a": 1}}), ("foreign.pt", foreign)):
         torch.save(content, name)
         refused(capsys, ["import", name, "--out", "ckpt.pt"], name)
-    outside = {"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}
-    for header in (b"[]", b"{\"a\": 3}", json.dumps(outside).encode(), b"\xff"):
+    outside, hollow, before = ({"a": {"dtype": "F32", "shape": [9], "data_offsets": place}}
+                               for place in ([0, 36], [0, 0], [-44, -8]))
+    for header in (b"[]", b"{\"a\": 3}", b"\xff", *(json.dumps(x).encode() for x in (outside, hollow, before))):
         open("b.safetensors", "wb").write(len(header).to_bytes(8, "little") + header)
-        refused(capsys, ["import", "b.safetensors", "--out", "ckpt.pt"], "b.safetensors", "safetensors")
+        refused(capsys, ["import", "b.safetensors", "--out", "ckpt.pt"], "truncated or not a safetensors file")
     os.mkdir("empty")
     refused(capsys, ["import", "empty", "--out", "ckpt.pt"], "pytorch_model.bin")
     refused(capsys, ["import", "none.th", "--out", "ckpt.pt"], "none.th", "no such")
