@@ -283,6 +283,9 @@ Image-text and text-text retrieval in many languages (Cross-View Language Modeli
 """
 
 
+SIZES = ("vision_heads", "text_heads", "fusion_heads", "image_size")
+
+
 def main(argv=None):
     """-> exit status: 0, or 2 after one line about what was wrong with the input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -291,13 +294,15 @@ def main(argv=None):
     parser.add_argument("--every_second", action="store_true", help="import: XLM-R's layers 1, 3, 5 as text and fusion")
     parser.add_argument("--allow_missing", action="append", default=[], metavar="NAME",
                         help="import: do without this tensor, named as there or here; * is any text; may be repeated")
-    for name in ("vision_heads", "text_heads", "fusion_heads", "image_size"):
+    for name in SIZES:
         parser.add_argument("--" + name, type=int, help="import: (default: as in the source)")
     args = parser.parse_intermixed_args(argv)
     command, *rest = args.words or ["out/ckpt.pt"]
     try:
         if command == "import" and rest and args.out:
-            changes = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name, None)}
+            changes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+            if any(value < 1 for value in changes.values()):
+                raise ValueError(f"{', '.join('--' + name for name in SIZES)} must be at least 1")
             state, lines = import_sources(rest, changes, args.every_second, args.allow_missing)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(args.out, state)

@@ -68,6 +68,8 @@ def test_files_that_are_no_weights_are_refused(tmp_path, capsys, monkeypatch):
     refused(capsys, ["import", "empty", "--out", "ckpt.pt"], "pytorch_model.bin")
     refused(capsys, ["import", "none.th", "--out", "ckpt.pt"], "none.th", "no such")
     refused(capsys, ["import", "new.bin"], "usage")
+    refused(capsys, ["import", "new.bin", "--out", "ckpt.pt", "--text_heads", "0"], "--text_heads", "at least 1")
+    refused(capsys, ["import", "new.bin", "--out", "ckpt.pt", "--text_heads", "3"], "64 is not a multiple of 3 heads")
 
 
 def test_safetensors_keep_every_dtype_and_shape(tmp_path):
