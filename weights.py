@@ -166,6 +166,8 @@ def read_source(path, every_second=False):
 def read_sources(paths, every_second=False):
     """Several sources as one: a later one replaces parts of earlier ones, see layouts.merge."""
     source = functools.reduce(merge, [read_source(path, every_second) for path in paths])
+    if every_second and "XLM-R" not in source.title.split(" + "):
+        raise ValueError(f"--every_second takes layers of XLM-R, and {source.title} is not one")
     words, rows = source.tokenizer and data.Tokenizer(source.tokenizer).size, source.fields.get("vocabulary")
     if words and rows and words != rows:
         raise ValueError(f"{source.title}: the tokenizer beside it has {words:,} words, its table {rows:,}: put the "

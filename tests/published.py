@@ -1,4 +1,5 @@
-"""State dicts with the names and shapes of published files, at any size: zeros that take no memory, or random numbers."""
+"""State dicts with the names and shapes of published files, at any size: zeros that take no memory, or random
+numbers."""
 import torch
 
 from model import relative_index

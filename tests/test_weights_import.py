@@ -102,6 +102,8 @@ def test_where_cclm_began(tmp_path):
         bias = head[f"roberta.encoder.layer.{theirs}.output.LayerNorm.bias"]
         assert torch.equal(w[f"{ours}.norm2.bias"], bias)
     assert any("no cross-attention (F4.5)" in line for line in report) and "random" in " ".join(report)
+    with pytest.raises(ValueError, match="--every_second"):
+        weights.import_sources([tmp_path / "x2vlm.th"], every_second=True)
 
 
 def test_a_shared_relative_table_becomes_every_layers():
