@@ -2,6 +2,7 @@
 
     python train.py                                             the demo: emoji, 21 languages, minutes on two CPU cores
     torchrun --nproc_per_node=8 train.py --preset base          the same program on eight GPUs (DDP, nccl; gloo on CPUs)
+    python train.py --init_text xlmr/ --init_vision beit2.pth   start from published encoders (weights.py)
     python train.py --no-parallel_text --out out/ablation       image-text alone: what the parallel text is worth
     python train.py --explain                                   one example through every station, with real numbers
 

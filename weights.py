@@ -148,7 +148,7 @@ def read_source(path, every_second=False):
     whole = whole if isinstance(whole, dict) else {}
     inner = [whole[key] for key in ("model", "module", "state_dict") if isinstance(whole.get(key), dict)]
     tensors = (inner or [whole])[0]
-    if not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    if not tensors or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()):
         raise ValueError(f"{file} holds no state dict, neither bare nor under 'model' or 'module'")
     spm, settings = folder / "sentencepiece.bpe.model", folder / "config.json"
     tokenizer = spm.read_bytes() if spm.exists() else None
@@ -159,7 +159,7 @@ def read_source(path, every_second=False):
         if "temperature" in tensors:
             return own_source(path, tensors, dict(json.loads(settings.read_text(encoding="utf-8"))), tokenizer)
         return translate(tensors, every_second)._replace(tokenizer=tokenizer)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:        # shapes that no layout has
         raise ValueError(f"{file}: {error}") from None
 
 
