@@ -219,8 +219,9 @@ def merge(a, b):
     weights = {n: t for n, t in a.weights.items() if part(n) not in theirs}
     weights |= {n: t for n, t in b.weights.items() if part(n) in theirs}
     fields = a.fields | {k: v for k, v in b.fields.items() if k != "tied" or "tied" not in a.fields}
+    new = {pattern: reason for pattern, reason in a.new.items() if pattern.split("\\")[0] not in theirs}
     return Source(f"{a.title} + {b.title}", weights, lost(a, theirs) + lost(b, ours - theirs), fields,
-                  a.parts + b.parts, a.new | b.new, b.tokenizer if "text" in theirs else a.tokenizer)
+                  a.parts + b.parts, new | b.new, b.tokenizer if "text" in theirs else a.tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------------------

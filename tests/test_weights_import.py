@@ -76,6 +76,8 @@ def test_cclm_3m_needs_another_vision_encoder(tmp_path, capsys):
     c, fused = state["config"]["model"], tensors["text_encoder.bert.encoder.layer.2.output.dense.bias"]
     assert torch.equal(state["model"]["fusion.layers.0.mlp.down.bias"], fused)
     assert (c["vision"], c["text_layers"], c["offset"], c["tied"], c["fusion_eps"]) == ("beit2", 2, 0, True, 1e-5)
+    torch.save({k: t for k, t in random(beit("", 64, 1, 1)).items() if k != "cls_token"}, tmp_path / "beit2.pth")
+    assert weights.main(words) == 2 and "vision.class_token" in capsys.readouterr().err            # the ViT's own gap
 
 
 def test_where_cclm_began(tmp_path):
