@@ -44,7 +44,7 @@ import data
 import evaluate
 from kernels.attention import running
 from losses import cross_view, total, world
-from model import CCLM, PRESETS, Config, Fusion, View, build, parameter_groups
+from model import PRESETS, Config, Fusion, View, parameter_groups
 from weights import initialise, read_checkpoint, starting_point, write_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -336,9 +336,7 @@ def prepare(args, device):
     if state:
         compare(args, state["config"]["train"], path)
     torch.manual_seed(args.seed)
-    changes = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name, None) is not None}
-    sources = args.init, args.init_vision, args.init_text
-    model, tokenizer, start = starting_point(path, state, sources, args.preset, changes)
+    model, tokenizer, start = starting_point(path, state, vars(args))
     say(f"start: {start}")
     objective = Objective(model, args).to(device)
     fusion = [name for name, _ in objective.named_parameters() if "fusion" in name or "itm_head" in name]

@@ -190,11 +190,15 @@ def initialise(model, source):
     return f"{len(weights)} tensors from {source.title}; new: {', '.join(new) or 'nothing'}"
 
 
-def starting_point(path, state, paths, preset, changes):
+INITS = ("init", "init_vision", "init_text")                                 # flags of train.py
+
+
+def starting_point(path, state, flags):
     """Where train.py begins: at the checkpoint `state` of `path` to resume, else at the files of --init, --init_vision,
-    --init_text (None: not given), else at random weights -> (CCLM, data.Tokenizer, a line about it). changes: fields of
-    Config that the command line names; they win over the source's, and the source's over the preset's."""
-    paths = [p for p in paths if p]
+    --init_text, else at random weights -> (CCLM, data.Tokenizer, a line about it). flags: the command line as a dict;
+    its fields of Config (None: not given) win over the source's, and the source's over the preset's."""
+    changes = {field.name: flags[field.name] for field in fields(Config) if flags.get(field.name) is not None}
+    preset, paths = flags["preset"], [flags[name] for name in INITS if flags[name]]
     if not state and not paths:
         tokenizer = data.demo_tokenizer()
         return CCLM(build(preset, **changes | {"vocabulary": tokenizer.size})), tokenizer, "random weights"
@@ -268,8 +272,7 @@ def export(path, folder):
         (place / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         if state["tokenizer"]:
             (place / "sentencepiece.bpe.model").write_bytes(state["tokenizer"])
-    began = [state["config"]["train"].get(name) for name in ("init", "init_vision", "init_text")]
-    start = " + ".join(filter(None, began)) or "random weights"
+    start = " + ".join(filter(None, map(state["config"]["train"].get, INITS))) or "random weights"
     (folder / "README.md").write_text(CARD.format(sum(t.numel() for t in own.values()), state["step"], start, config))
 
 
