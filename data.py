@@ -50,6 +50,9 @@ class Tokenizer:
 
     def __init__(self, model):
         """model: the bytes of a sentencepiece model (XLM-R's own sentencepiece.bpe.model works)."""
+        if not model:
+            raise ValueError("no tokenizer: its sentencepiece.bpe.model must lie beside the weights when they are "
+                             "imported")
         self.model = model
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -214,13 +217,14 @@ def example_at(position, n, seed, stream):
 
 class DemoImages:
     """Drawings of the demo with a caption each. Index i < concepts: that concept alone, so that an epoch names each
-    once (two drawings of one concept would be each other's wrong partners); else a fresh scene of two to four."""
+    once (two drawings of one concept would be each other's wrong partners); else a fresh scene of two to four. `size`
+    pixels a side: 64 as drawn, more or less for a model that sees it otherwise."""
 
-    def __init__(self, languages=None, scenes=0.25, keywords=0.1):
+    def __init__(self, languages=None, scenes=0.25, keywords=0.1, size=emoji.SIZE):
         self.drawings = emoji.training_drawings()
         self.ids = list(self.drawings)
         self.languages = languages or emoji.languages("seen")
-        self.length, self.keywords = len(self.ids) + round(scenes * len(self.ids)), keywords
+        self.length, self.keywords, self.size = len(self.ids) + round(scenes * len(self.ids)), keywords, size
 
     def __len__(self):
         return self.length
@@ -231,14 +235,14 @@ class DemoImages:
         return [index] if alone else rng.choice(len(self.ids), int(rng.integers(2, 5)), replace=False).tolist()
 
     def __getitem__(self, key):
-        """(index, rng) -> image (3, 64, 64) uint8, caption, id."""
+        """(index, rng) -> image (3, size, size) uint8, caption, id."""
         index, rng = key
         chosen = self.choose(index, rng)
         ids, language = [self.ids[i] for i in chosen], self.languages[rng.integers(len(self.languages))]
         image = emoji.draw([self.drawings[i][rng.integers(len(self.drawings[i]))] for i in ids], rng)
         text = (emoji.keywords(ids[0], language, rng) if len(ids) == 1 and rng.random() < self.keywords else
                 emoji.caption(ids, language))
-        return pixels(image), text, thing(chosen)
+        return test_image(image, self.size), text, thing(chosen)
 
 
 class DemoParallel(DemoImages):

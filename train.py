@@ -2,6 +2,7 @@
 
     python train.py                                             the demo: emoji, 21 languages, minutes on two CPU cores
     torchrun --nproc_per_node=8 train.py --preset base          the same program on eight GPUs (DDP, nccl; gloo on CPUs)
+    python train.py --init_text xlmr/ --init_vision beit2.pth   start from published encoders (weights.py)
     python train.py --no-parallel_text --out out/ablation       image-text alone: what the parallel text is worth
     python train.py --explain                                   one example through every station, with real numbers
 
@@ -44,8 +45,8 @@ import data
 import evaluate
 from kernels.attention import running
 from losses import cross_view, total, world
-from model import CCLM, PRESETS, Config, Fusion, View, build, parameter_groups
-from weights import load_weights, read_checkpoint, write_checkpoint
+from model import PRESETS, Config, Fusion, View, parameter_groups
+from weights import initialise, read_checkpoint, starting_point, write_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------------
 # Settings (the FREE ones may differ on resume)
@@ -102,7 +103,9 @@ def settings(argv=None):
     how.add_argument("--clip", type=float, default=1.0, help="global gradient norm")
     model = parser.add_argument_group("model")
     model.add_argument("--preset", default="demo", choices=PRESETS, help="model size")
-    model.add_argument("--init", metavar="CKPT", help="start from this checkpoint's weights and tokenizer")
+    model.add_argument("--init", metavar="CKPT", help="start from its weights, tokenizer and model settings")
+    model.add_argument("--init_text", metavar="PATH", help="start from XLM-R, its file or folder (weights.py)")
+    model.add_argument("--init_vision", metavar="PATH", help="start from BEiT-2, DeiT, ViT or CLIP (weights.py)")
     for field in fields(Config):
         if field.name != "vocabulary":
             kind = {"action": on_off} if field.type is bool else {
@@ -354,13 +357,9 @@ def prepare(args, device):
     state = read_checkpoint(path) if path.exists() and not args.fresh else None
     if state and not args.explain:
         compare(args, state["config"]["train"], path)
-    first = state or (read_checkpoint(args.init) if args.init else None)
-    tokenizer = data.Tokenizer(first["tokenizer"]) if first else data.demo_tokenizer()
     torch.manual_seed(args.seed)
-    changes = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name, None) is not None}
-    model = CCLM(build(args.preset, **changes | {"vocabulary": tokenizer.size}))
-    if first:
-        load_weights(model, first["model"], path if state else args.init)
+    model, tokenizer, start = starting_point(path, state, vars(args))
+    say(f"{path}: {state['step']} of {args.steps} steps are done" if state else f"start: {start}")
     objective = Objective(model, args).to(device)
     fusion = [name for name, _ in objective.named_parameters() if "fusion" in name or "itm_head" in name]
     groups = parameter_groups(objective, args.lr, args.weight_decay, fusion, args.fusion_lr, args.temperature_lr)
@@ -372,16 +371,13 @@ def prepare(args, device):
             objective.text_fusion.load_state_dict(state["text_fusion"])
         if len(state["rng"]) == W:
             torch.set_rng_state(state["rng"][rank])
-        say(f"{path}: {state['step']} of {args.steps} steps are done")
-    elif args.explain and not args.init:
-        say("new weights: nothing is trained yet")
     model.chunk = args.chunk
     for layer in objective.modules():                                        # the unshared fusion encoder's too
         layer.checkpointing = args.checkpointing
     if args.compile:
         for part in (model.vision, model.text, model.fusion):
             part.compile(dynamic=True)
-    images = data.DemoImages(scenes=args.scenes, keywords=args.keywords)
+    images = data.DemoImages(scenes=args.scenes, keywords=args.keywords, size=model.config.image_size)
     parallel = data.DemoParallel(scenes=args.text_scenes) if args.parallel_text else None
     batches = data.Batches(tokenizer, images, parallel, args.batch, args.text_batch, args.seed, rank, W,
                            mask_probability=args.mask_probability)

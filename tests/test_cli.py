@@ -70,8 +70,8 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, capsys, tokenizer):
     model = CCLM(build("demo", width=32, vocabulary=tokenizer.size))
     weights.write_checkpoint(tmp_path / "a.pt", {"model": model.state_dict(), "step": 1, "tokenizer": tokenizer.model,
                                                  "config": {"model": {"width": 32}, "train": {}}})
-    refused(capsys, lambda: train.main(["--out", str(tmp_path), "--init", str(tmp_path / "a.pt")]),
-            "a.pt", "does not fit")
+    flags = ["--out", str(tmp_path), "--init", str(tmp_path / "a.pt"), "--width", "64"]
+    refused(capsys, lambda: train.main(flags), "a.pt", "does not fit", "(32,", "(64,")
 
 
 @pytest.mark.parametrize("flags, said", [(["--batch", "0"], "--batch"),
