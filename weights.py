@@ -8,6 +8,7 @@
 """
 import os
 import pickle
+import shutil
 import sys
 
 import torch
@@ -19,12 +20,21 @@ def write_checkpoint(path, state, keep=0):
     """Written beside its place, flushed to disk, then renamed: a kill at any moment, or a full disk, leaves the old
     file or the new one. keep: how many earlier ones stay as ckpt_STEP.pt."""
     beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep and path.exists():
-        os.replace(path, path.with_name(f"ckpt_{torch.load(path, weights_only=True, mmap=True)['step']}.pt"))
+    try:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:                                 # torch hides a full disk in "enforce fail"
+        beside.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "enforce fail" not in str(error):
+            raise                                                            # a worker that died at this moment
+        raise ValueError(f"{path} cannot be written, {shutil.disk_usage(path.parent).free / 2 ** 20:,.0f} MB are free "
+                         f"there ({error}); what stood there before is whole") from None
+    if keep and path.exists():                                               # linked: at no moment is there no ckpt.pt
+        earlier = path.with_name(f"ckpt_{torch.load(path, weights_only=True, mmap=True)['step']}.pt")
+        earlier.unlink(missing_ok=True)
+        os.link(path, earlier)
         for stale in sorted(path.parent.glob("ckpt_*.pt"), key=lambda p: int(p.stem[5:]))[:-keep]:
             stale.unlink()
     os.replace(beside, path)

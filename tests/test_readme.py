@@ -45,15 +45,17 @@ def test_every_path_and_flag_of_the_readmes_commands_exists():
     for command in commands:
         script = re.search(r"[\w/]+\.py", command)[0]
         assert (ROOT / script).exists(), command
-        source = (ROOT / script).read_text(encoding="utf-8") + (ROOT / "model.py").read_text(encoding="utf-8")
+        source = "".join((ROOT / name).read_text(encoding="utf-8") for name in (script, "model.py", "doctor.py"))
         for flag in re.findall(r"(?<=\s)--(?:no-)?([a-z_]+)", command.split(script, 1)[1]):
             known = f'"--{flag}"' in source or re.search(rf"^    {flag}: ", source, re.M) or flag.endswith("_weight")
             assert known, (command, flag)
 
 
 def test_imports_point_one_way():
-    """kernels <- model <- losses; data, weights above; evaluate above those; train on top. Nothing runs at import."""
-    order = ["kernels", "demo", "model", "losses", "data", "weights", "evaluate", "train"]
+    """kernels <- model <- losses; records <- data <- sources <- doctor; weights; evaluate above those; train on top.
+    Nothing runs at import."""
+    order = ["kernels", "demo", "model", "losses", "records", "data", "sources", "doctor", "weights", "evaluate",
+             "train"]
     for path in FILES:
         own = path.parent.name if path.parent != ROOT else path.stem
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
