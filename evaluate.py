@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import sources
 from demo import emoji
 from kernels.attention import running, take
 from losses import contrast, cross_view, fuse_pairs
@@ -173,7 +174,7 @@ def false_caption_scores(model, texts, images, true, false, batch):
 
 @torch.inference_mode()
 def retrieval(model, tokenizer, rows, languages=None, rerank=16, device="cpu", batch=256, progress=False, trained=()):
-    """rows as data.evaluation_set returns -> {language: {key: %}}: keys of results.json, *_equal, n captions, images.
+    """rows of sources.evaluation_set -> {language: {key: %}}: keys of results.json, *_equal, n captions, images.
     Candidates: images with a caption in the language. rerank: K, 0 for none. batch: texts or images; 8 x as many pairs.
     trained: languages of training, for new_t2i_r1, R@1 of the new_n captions that no other of them shares."""
     present = list(dict.fromkeys(k for row in rows for k, texts in row["captions"].items() if texts))
@@ -301,7 +302,7 @@ def retrieval_command(args, device):
         raise ValueError("--rerank must be 0 (none) or more")
     model, tokenizer = load(args.ckpt, device)
     trained = emoji.languages("seen") + emoji.languages("text_only") if args.data.startswith("demo:") else ()
-    scores = retrieval(model, tokenizer, data.evaluation_set(args.data), args.languages, args.rerank, device,
+    scores = retrieval(model, tokenizer, sources.evaluation_set(args.data), args.languages, args.rerank, device,
                        progress=sys.stderr.isatty(), trained=trained)
     groups = group_means(scores) if trained else {}
     means = {f"{GROUPS[group]} ({x['languages']})": x for group, x in groups.items() if x["languages"] > 1}
@@ -317,7 +318,7 @@ def read_images(files):
     read, wrong = [], []
     for file in files:
         try:
-            read.append((file, data.open_image(file)))
+            read.append((file, sources.open_image(file)))
         except ValueError as error:
             wrong.append(str(error))
     return [file for file, _ in read], [image for _, image in read], wrong
@@ -351,7 +352,7 @@ def search_command(args, device, batch=256):
         page.append(f'<h2 dir="auto">{html.escape(query + cut)}</h2>')
         for rank, (score, i) in enumerate(zip(*hits), 1):
             print(f"{rank:4}  {score:6.3f}  {files[i]}")
-            image, out = data.open_image(files[i]), io.BytesIO()
+            image, out = sources.open_image(files[i]), io.BytesIO()
             image.thumbnail((160, 160))
             image.save(out, "PNG")
             page.append(f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
@@ -367,7 +368,7 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="{retrieval,search}")
     score = commands.add_parser("retrieval", help="recall per language, both directions", **style)
     score.set_defaults(run=retrieval_command)
-    score.add_argument("--data", default="demo:test_style", help="demo:SPLIT or a JSON-lines file, see data.py")
+    score.add_argument("--data", default="demo:test_style", help="demo:SPLIT or a JSON-lines file, see sources.py")
     score.add_argument("--rerank", type=int, default=16, metavar="K", help="candidates to re-rank; 0: none")
     score.add_argument("--languages", nargs="+", help="only these; None: all that occur")
     score.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write all numbers there, as in results.json")

@@ -5,6 +5,7 @@
     python train.py --init_text xlmr/ --init_vision beit2.pth   start from published encoders (weights.py)
     python train.py --no-parallel_text --out out/ablation       image-text alone: what the parallel text is worth
     python train.py --explain                                   one example through every station, with real numbers
+    python train.py --images 'cc3m/*.tar' --texts 'wikimatrix/*.tsv' --tokenizer spm.model      your data: sources.py
 
 One step is one image-text batch and one parallel-text batch through one model, the sum of both streams' losses, one
 backward and one update. out/ receives ckpt.pt, log.csv (one row per step) and results.json.
@@ -28,6 +29,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import resource
 import signal
 import sys
@@ -43,6 +45,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import sources
 from kernels.attention import running
 from losses import cross_view, total, world
 from model import PRESETS, Config, Fusion, View, parameter_groups
@@ -52,7 +55,8 @@ from weights import initialise, read_checkpoint, starting_point, write_checkpoin
 # Settings (the FREE ones may differ on resume)
 # ------------------------------------------------------------------------------------------------------------------
 
-FREE = {"out", "stop_after", "save_every", "log_every", "keep", "fresh", "eval", "explain", "workers", "compile"}
+FREE = {"out", "stop_after", "save_every", "log_every", "keep", "fresh", "eval", "explain", "workers", "compile",
+        "cache"}
 
 
 AT_LEAST_1 = ("steps", "batch", "text_batch", "log_every", "save_every", "chunk", "stop_after")
@@ -81,7 +85,13 @@ def settings(argv=None):
     run.add_argument("--chunk", type=int, metavar="N", help="gradient cache: N sequences at a time, exact gradients")
     run.add_argument("--compile", action="store_true", help="torch.compile the two encoders and the fusion encoder")
     what = parser.add_argument_group("data and losses")
-    what.add_argument("--data", default="demo", choices=["demo"], help="the built-in emoji")
+    what.add_argument("--data", default="demo", choices=["demo"], help="the built-in emoji, where no files are given")
+    what.add_argument("--images", nargs="+", metavar="FILES", help="images with captions: files, folders, globs")
+    what.add_argument("--texts", nargs="+", metavar="FILES", help="parallel text; 'demo' here or there: the built-in")
+    what.add_argument("--tokenizer", metavar="FILE", help="sentencepiece model: XLM-R's, or data.py tokenizer's")
+    what.add_argument("--languages", nargs="+", help="only these languages of the files")
+    what.add_argument("--image_root", metavar="DIR", help="folder of images named by JSON lines; None: the file's own")
+    what.add_argument("--cache", metavar="DIR", help="folder for indices of the files; None: beside the files")
     what.add_argument("--batch", type=int, default=128, help="image-caption pairs per step, all processes together")
     what.add_argument("--text_batch", type=int, default=128, help="sentence pairs per step")
     what.add_argument("--scenes", type=float, default=0.25, help="demo: scenes per single emoji")
@@ -126,6 +136,8 @@ def check(args):
     for name in ("batch", "text_batch"):
         if getattr(args, name) % world()[1]:
             raise ValueError(f"--{name} {getattr(args, name)} is not a multiple of {world()[1]} processes")
+    if args.texts and not args.images:
+        raise ValueError("--texts needs --images too: FILES, or demo for the built-in ones")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -251,7 +263,7 @@ def save(run, step, args):
         dist.all_gather_object(rng, torch.get_rng_state())
     if rank == 0:
         extra = {} if run.objective.text_fusion is None else {"text_fusion": run.objective.text_fusion.state_dict()}
-        config = {"model": asdict(run.objective.model.config), "train": vars(args)}
+        config = {"model": asdict(run.objective.model.config), "train": vars(args), "records": run.records}
         write_checkpoint(run.path, {
             "model": run.objective.model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": step,
             "rng": rng, "config": config, "tokenizer": run.tokenizer.model} | extra, args.keep)
@@ -268,7 +280,8 @@ def compare(args, saved, path):
 class Log:
     """out/log.csv: a row per step, written at once, cut back to `step` on resume (policy 3). Only rank 0 writes."""
     COLUMNS = ["step", "lr", "loss", *(f"{s}_{n}" for s in ("image", "text") for n in ("contrast", "match", "mask")),
-               "temperature", *(f"norm_{t}" for t in ("all", "vision", "text", "fusion", "heads")), "skipped", "cut",
+               "temperature", *(f"norm_{t}" for t in ("all", "vision", "text", "fusion", "heads")), "skipped",
+               "bad_records", "cut",
                "seconds", "images_per_s", "sentences_per_s", "utilisation", "memory_mb"]  # timing, memory: not bitwise
 
     def __init__(self, path, step):
@@ -312,8 +325,9 @@ def tower_norms(objective):
     return {"all": torch.stack(list(norms.values())).norm()} | norms
 
 
-def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopping):
-    """Forward, backward, update -> (row for the log, was it skipped, shall we stop). Every process decides the same."""
+def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopping, told):
+    """Forward, backward, update -> (row for the log, was it skipped, shall we stop, are too many records bad). Every
+    process decides the same. told: of sources.Faults.note."""
     image, pair = batch
     factor = lr_at(step, args)
     for group in optimizer.param_groups:
@@ -326,18 +340,19 @@ def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopp
     losses["loss"].backward()
     norms = tower_norms(objective)
     flags = torch.stack([(~torch.isfinite(losses["loss"]) | ~torch.isfinite(norms["all"])).float(),
-                         torch.tensor(float(stopping), device=norms["all"].device)])
-    skipped, stop = total(flags, "MAX").tolist()
-    if not skipped:
+                         *torch.tensor([bool(stopping), told[2]], device=norms["all"].device).float()])
+    skipped, stop, spoiled = total(flags, "MAX").tolist()
+    if not skipped and not spoiled:
         nn.utils.clip_grads_with_norm_(objective.parameters(), args.clip, norms["all"])
         optimizer.step()
     names = [(s, n) for s in ("image", "text") if s in losses for n in ("contrast", "match", "mask")]
     values = total(torch.stack([losses["loss"]] + [losses[s][n] for s, n in names])) / world()[1]
-    row = {"step": step + 1, "lr": args.lr * factor, "loss": values[0].item(),
+    bad, cut = total(torch.tensor(told[:2], device=values.device)).tolist()
+    row = {"step": step + 1, "lr": args.lr * factor, "loss": values[0].item(), "bad_records": bad, "cut": cut,
            "temperature": objective.model.temperature.item(),
            **{f"{s}_{n}": v for (s, n), v in zip(names, values[1:].tolist())},
            **{f"norm_{k}": v.item() for k, v in norms.items()}}
-    return row, bool(skipped), bool(stop)
+    return row, bool(skipped), bool(stop), bool(spoiled)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -377,12 +392,14 @@ def prepare(args, device):
     if args.compile:
         for part in (model.vision, model.text, model.fusion):
             part.compile(dynamic=True)
-    images = data.DemoImages(scenes=args.scenes, keywords=args.keywords, size=model.config.image_size)
-    parallel = data.DemoParallel(scenes=args.text_scenes) if args.parallel_text else None
+    images, parallel = sources.streams(args, model.config.image_size)
+    records = [len(images), len(parallel or ())]
+    if state and state["config"].get("records", records) != records:
+        say(f"the data changed: {state['config']['records']} records then, {records} now, from here on in a new order")
     batches = data.Batches(tokenizer, images, parallel, args.batch, args.text_batch, args.seed, rank, W,
                            mask_probability=args.mask_probability)
     return SimpleNamespace(objective=objective, optimizer=optimizer, tokenizer=tokenizer, batches=batches,
-                           step=state["step"] if state else 0, path=path)
+                           records=records, step=state["step"] if state else 0, path=path)
 
 
 def outlive_sigterm(worker):     # a SIGTERM to the process group is for the loop: workers stay until it saved and ended
@@ -411,10 +428,15 @@ def train(args, device, run):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     bar = tqdm(total=args.steps, initial=step, disable=world()[0] > 0 or not sys.stderr.isatty(), unit="step")
     objective.train()
-    skipped, in_a_row, clock = 0, 0, time.perf_counter()
+    faults, skipped, in_a_row, clock = sources.Faults(world()[0]), 0, 0, time.perf_counter()
     for batch in loader:
+        told = faults.note(batch)
         batch = to_device(batch, device)
-        row, skip, stop = train_step(wrapped, objective, run.optimizer, batch, step, args, autocast, bool(stopping))
+        row, skip, stop, spoiled = train_step(wrapped, objective, run.optimizer, batch, step, args, autocast, stopping,
+                                              told)
+        if spoiled:
+            save(run, step, args)
+            raise ValueError(f"{faults.verdict()}; saved {run.path} at step {step}")
         step, skipped, in_a_row = step + 1, skipped + skip, in_a_row + 1 if skip else 0
         now = time.perf_counter()
         row |= {"skipped": skipped} | speed(objective, batch, now - clock, peak)
@@ -465,7 +487,10 @@ def line(row, args, blind):
 
 def finish(args, device, run, step):
     """Evaluates a finished run on the demo's test sets -> out/results.json and the table; rank 0 works, others wait."""
-    if step == args.steps and args.eval and world()[0] == 0:
+    if args.images and world()[0] == 0:
+        say(f"step {step} of {args.steps} is done, {run.path} and log.csv are written; to measure recall: "
+            f"python evaluate.py retrieval --ckpt {run.path} --data FILE")
+    elif step == args.steps and args.eval and world()[0] == 0:
         say("evaluating on the test sets ...")
         report = evaluate.demo_report(run.objective.model, run.tokenizer, device, progress=sys.stderr.isatty())
         pathlib.Path(args.out, "results.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -484,18 +509,25 @@ def main(argv=None):
             pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
         run = prepare(args, device)
         if args.explain:
-            evaluate.explain(run.objective.model.eval(), run.tokenizer, to_device(run.batches[0][0], device))
+            sources.Faults().note(batch := run.batches[0])
+            evaluate.explain(run.objective.model.eval(), run.tokenizer, to_device(batch[0], device))
         else:
             finish(args, device, run, train(args, device, run))
+        status = 0
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        status = print("error:", " ".join(str(error).split()), file=sys.stderr) or 2
+    except RuntimeError as error:                                            # torch's words for a process that died
+        if not re.search("(?i)dataloader worker|closed by peer|reset by peer|broken pipe|timed out|nccl", str(error)):
+            raise
+        status = print(f"error: another process of this run died ({' '.join(str(error).split())[:160]}); the same "
+                       f"command continues from {args.out}/ckpt.pt", file=sys.stderr) or 2
     if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        if not status:
+            dist.barrier()
+            dist.destroy_process_group()
         sys.stdout.flush()
-        os._exit(0)          # not by Python's own end: under DDP gloo's threads outlive the group and can abort in it
-    return 0
+        os._exit(status)      # not by Python's own end: gloo's threads outlive the group under DDP and can abort in it
+    return status
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import sys
 import zipfile
 from dataclasses import asdict, fields, replace
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 
 import data
+import sources
 from layouts import PARTS, Source, fit, merge, part, report, text_encoder, translate
 from model import CCLM, Config, build
 
@@ -43,12 +45,21 @@ def write_checkpoint(path, state, keep=0):
     """Written beside its place, flushed to disk, then renamed: a kill at any moment, or a full disk, leaves the old
     file or the new one. keep: how many earlier ones stay as ckpt_STEP.pt."""
     beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep and path.exists():
-        os.replace(path, path.with_name(f"ckpt_{torch.load(path, weights_only=True, mmap=True)['step']}.pt"))
+    try:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:                                 # torch hides a full disk in "enforce fail"
+        beside.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "enforce fail" not in str(error):
+            raise                                                            # a worker that died at this moment
+        raise ValueError(f"{path} cannot be written, {shutil.disk_usage(path.parent).free / 2 ** 20:,.0f} MB are free "
+                         f"there ({error}); what stood there before is whole") from None
+    if keep and path.exists():                                               # linked: at no moment is there no ckpt.pt
+        earlier = path.with_name(f"ckpt_{torch.load(path, weights_only=True, mmap=True)['step']}.pt")
+        earlier.unlink(missing_ok=True)
+        os.link(path, earlier)
         for stale in sorted(path.parent.glob("ckpt_*.pt"), key=lambda p: int(p.stem[5:]))[:-keep]:
             stale.unlink()
     os.replace(beside, path)
@@ -199,14 +210,15 @@ def starting_point(path, state, flags):
     its fields of Config (None: not given) win over the source's, and the source's over the preset's."""
     changes = {field.name: flags[field.name] for field in fields(Config) if flags.get(field.name) is not None}
     preset, paths = flags["preset"], [flags[name] for name in INITS if flags[name]]
+    given = (lambda: sources.load_tokenizer(flags["tokenizer"])) if flags.get("images") else data.demo_tokenizer
     if not state and not paths:
-        tokenizer = data.demo_tokenizer()
+        tokenizer = given()
         return CCLM(build(preset, **changes | {"vocabulary": tokenizer.size})), tokenizer, "random weights"
     source = (own_source(path, state["model"], state["config"]["model"], state["tokenizer"]) if state else
               read_sources(paths))
-    if not source.tokenizer and "text" in map(part, source.weights):
+    if not source.tokenizer and not flags.get("images") and "text" in map(part, source.weights):
         raise ValueError(f"{' and '.join(paths)}: no tokenizer; put its sentencepiece.bpe.model into the same folder")
-    tokenizer = data.Tokenizer(source.tokenizer) if source.tokenizer else data.demo_tokenizer()
+    tokenizer = data.Tokenizer(source.tokenizer) if source.tokenizer else given()
     model = CCLM(build(preset, **usual(source) | changes | {"vocabulary": tokenizer.size}))
     return model, tokenizer, initialise(model, source)
 

@@ -25,7 +25,7 @@ def test_every_file_is_within_the_budget_that_the_readme_prints():
 
 
 def test_the_top_level_is_small():
-    assert sum(lines(p) for p in ROOT.glob("*.py")) <= 2900
+    assert sum(lines(p) for p in ROOT.glob("*.py")) <= 3700
     assert all(lines(p) <= 200 for p in ROOT.glob("tests/*.py"))
     for path in [*FILES, *ROOT.glob("tests/*.py")]:
         assert all(len(line) <= 120 for line in path.read_text(encoding="utf-8").splitlines()), path
@@ -45,16 +45,17 @@ def test_every_path_and_flag_of_the_readmes_commands_exists():
     for command in commands:
         script = re.search(r"[\w/]+\.py", command)[0]
         assert (ROOT / script).exists(), command
-        source = (ROOT / script).read_text(encoding="utf-8") + (ROOT / "model.py").read_text(encoding="utf-8")
+        source = "".join((ROOT / name).read_text(encoding="utf-8") for name in (script, "model.py", "doctor.py"))
         for flag in re.findall(r"(?<=\s)--(?:no-)?([a-z_]+)", command.split(script, 1)[1]):
             known = f'"--{flag}"' in source or re.search(rf"^    {flag}: ", source, re.M) or flag.endswith("_weight")
             assert known, (command, flag)
 
 
 def test_imports_point_one_way():
-    """kernels <- model <- losses; data, layouts, weights above; evaluate above those; train on top. Nothing runs at
-    import."""
-    order = ["kernels", "demo", "model", "losses", "data", "layouts", "weights", "evaluate", "train"]
+    """kernels <- model <- losses; records <- data <- sources <- doctor; layouts <- weights; evaluate above those; train
+    on top. Nothing runs at import."""
+    order = ["kernels", "demo", "model", "losses", "records", "data", "sources", "doctor", "layouts", "weights",
+             "evaluate", "train"]
     for path in FILES:
         own = path.parent.name if path.parent != ROOT else path.stem
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

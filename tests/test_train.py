@@ -53,11 +53,11 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     run = train.prepare(args, torch.device("cpu"))
     batch, context = run.batches[0], torch.autocast("cpu", enabled=False)
     step = lambda weight: (run.objective.weights.update(contrast=weight), train.train_step(
-        run.objective, run.objective, run.optimizer, batch, 0, args, context, False))[1]
+        run.objective, run.objective, run.optimizer, batch, 0, args, context, False, (0, 0, False)))[1]
     step(1.0)
     before = {n: p.clone() for n, p in run.objective.named_parameters()}
     moments = [{k: v.clone() for k, v in s.items()} for s in run.optimizer.state.values()]
-    _, skipped, stop = step(float("nan"))
+    _, skipped, stop, _ = step(float("nan"))
     assert skipped and not stop and all(torch.equal(before[n], p) for n, p in run.objective.named_parameters())
     assert all(torch.equal(a[k], b[k]) for a, b in zip(moments, run.optimizer.state.values()) for k in a)
     assert not step(1.0)[1] and any(not torch.equal(before[n], p) for n, p in run.objective.named_parameters())

@@ -1,0 +1,287 @@
+"""Your data: files, folders and globs -> the two streams of training.
+
+A source is FILE, FOLDER or GLOB, then @en or @de,en where the file does not name its languages itself, then =WEIGHT
+where several share a stream: 'cc3m/*.tar@en=0.7'. Without weights they are read as one long list, each record once per
+epoch; with weights each source has its own epochs. What a file may hold: records.py.
+
+    python data.py PATH ...     doctor.py says what is there and what is wrong with it
+"""
+import bisect
+import collections
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import re
+from fractions import Fraction
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import data
+from demo import emoji
+from records import (BROKEN, IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, ImageLines, PairLines, PlainText, Tar,
+                     identity, indexed, undecoded, reason)
+
+# ------------------------------------------------------------------------------------------------------------------
+# Arguments -> readers
+# ------------------------------------------------------------------------------------------------------------------
+
+def parse(argument):
+    """FILE|FOLDER|GLOB[@LANGUAGE[,LANGUAGE]][=WEIGHT] -> (files, languages, weight or None)."""
+    what, names, weight = (argument, None, None) if os.path.exists(argument) else re.fullmatch(
+        r"(.+?)(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument, re.S).groups()
+    if os.path.isdir(what):
+        files = [entry.path for entry in os.scandir(what) if entry.is_file() and not entry.name.startswith((".", "_"))
+                 and os.path.splitext(entry.name)[1] in ("", ".tar", ".jsonl", ".json", ".tsv")]
+    else:
+        files = [f for f in glob.glob(what, recursive=True) if os.path.isfile(f)]
+        files = files or [what] * os.path.isfile(what)
+    if not files:
+        raise ValueError(f"{argument}: no such file, and no folder or pattern that holds any")
+    if weight is not None and not Fraction(weight):
+        raise ValueError(f"{argument}: a weight must be more than 0")
+    return sorted(files), tuple(names.split(",")) if names else (), weight and Fraction(weight)
+
+
+def open_readers(files, names, kind, languages, cache, root):
+    """Files of one argument -> readers. kind: "images", "texts", or None to find out."""
+    found, plain = [], {}
+    for file in files:
+        stem, suffix = os.path.splitext(file)
+        if suffix == ".tar":
+            found.append(Tar(file, names, cache))
+        elif suffix == ".tsv":
+            found.append(Columns(file, names, cache))
+        elif suffix in ("", ".jsonl", ".json") or kind == "images":
+            lines = ImageLines(file, names, cache, root)
+            pairs = kind == "texts" or kind is None and len(lines) and not any(
+                f'"{key}"'.encode() in lines.line(0) for key in IMAGE_KEYS)
+            found.append(PairLines(file, names, cache) if pairs else lines)
+        else:
+            plain.setdefault(stem, {})[suffix[1:]] = file
+    for stem, group in plain.items():
+        found.append(PlainText(f"{stem}.*", {k: f for k, f in group.items() if k in (languages or group)}, cache))
+    for reader in found:
+        if (kind == "texts") == isinstance(reader, (Tar, ImageLines)) and kind:
+            raise ValueError(f"{reader.path} holds {'images' if kind == 'texts' else 'no images'}: "
+                             f"give it to --{'images' if kind == 'texts' else 'texts'}")
+    return found
+
+
+def with_languages(reader, languages, least, cache):
+    """Indices of the records with at least `least` of the languages, and of broken ones, from a file beside the index;
+    None: all of them."""
+    if not languages or isinstance(reader, PlainText):
+        return None
+
+    def scan(file, size):
+        for first in range(0, len(reader), 10_000):
+            yield size * first // len(reader), np.array([i for i in range(first, min(first + 10_000, len(reader)))
+                                                         if speaks(reader, i, languages) >= least], np.int64)
+
+    label = hashlib.sha1(repr((sorted(languages), least, reader.names)).encode()).hexdigest()[:8]
+    return indexed(reader.path, scan, cache, f".{label}")
+
+
+def speaks(reader, i, languages):
+    try:
+        return len(reader.texts(i).keys() & languages)
+    except BROKEN:
+        return 2                                                             # it will be counted as broken, not lost
+
+
+def parse_all(arguments):
+    """-> [(argument, files, languages, weight)]. train.en train.de, as a shell expands train.{en,de}, become one."""
+    merged = {}
+    for number, argument in enumerate(arguments):
+        files, *rest = parse(argument)
+        stem, suffix = os.path.splitext(files[0])
+        plain = len(files) == 1 and suffix not in ("", ".tar", ".tsv", ".jsonl", ".json")
+        merged.setdefault((stem, *rest) if plain else number, [argument, [], *rest])[1].extend(files)
+    return list(merged.values())
+
+
+class Source:
+    """Records of several arguments as one list. shares: [(first index, n, p, q)]: an argument with a weight takes p of
+    every q positions that those before it left."""
+
+    def __init__(self, arguments, kind, languages=(), cache=None, root=None):
+        parsed, self.languages = parse_all(arguments), set(languages or ())
+        self.readers, self.kept, self.starts, self.shares, left = [], [], [0], [], Fraction(1)
+        if len({weight is None for *_, weight in parsed}) > 1:
+            raise ValueError("give every source a weight (FILE=0.7) or none")
+        total = sum(weight or 0 for *_, weight in parsed)
+        for argument, files, names, weight in parsed:
+            first = self.starts[-1]
+            for reader in open_readers(files, names, kind, self.languages, cache, root):
+                kept = with_languages(reader, self.languages, 1 if kind == "images" else 2, cache)
+                if not len(reader if kept is None else kept):
+                    raise ValueError(f"{reader.path} has no record" + (
+                        f" in {' '.join(sorted(self.languages))}; where it names no languages itself, say "
+                        f"FILE@en or FILE@de,en" if len(reader) else "; is it empty or cut off?"))
+                self.readers.append(reader)
+                self.kept.append(kept)
+                self.starts.append(self.starts[-1] + len(reader if kept is None else kept))
+            if weight:
+                p, q = (weight / total / left).as_integer_ratio()
+                self.shares.append((first, self.starts[-1] - first, p, q))
+                left -= weight / total
+        self.shares = self.shares or [(0, len(self), 1, 1)]
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def at(self, position, seed, stream):
+        """(epoch, index) of a position in the stream, as data.example_at; a share's positions are evenly spaced."""
+        for first, n, p, q in self.shares:
+            before = position * p // q                                       # how many were this share's so far
+            if (position + 1) * p // q > before:
+                epoch, index = data.example_at(before, n, seed, stream)
+                return epoch, first + index
+            position -= before
+
+    def find(self, index):
+        """-> reader, number of the record in its file."""
+        k = bisect.bisect_right(self.starts, index) - 1
+        i = index - self.starts[k]
+        return self.readers[k], i if self.kept[k] is None else self.kept[k].read(i, 1)[0]
+
+    def __getitem__(self, key):
+        index, rng = key
+        reader, i = self.find(index)
+        try:
+            return self.example(*reader.record(i), rng)
+        except BROKEN as error:
+            raise BadRecord(f"{reader.where(i)}: {reason(error)}") from None
+
+    def spoken(self, said):
+        return [k for k in said if k in self.languages] if self.languages else list(said)
+
+
+class Images(Source):
+    def __init__(self, arguments, size, languages=(), cache=None, root=None):
+        super().__init__(arguments, "images", languages, cache, root)
+        self.size, self.blank = size, (np.zeros((3, size, size), np.uint8), "", 0)
+
+    def example(self, picture, said, rng):
+        """-> image (3, size, size) uint8, one of its captions, id. The language is drawn first, uniformly (F3.3)."""
+        languages = self.spoken(said)
+        texts = said[languages[rng.integers(len(languages))]]
+        text = texts[rng.integers(len(texts))]
+        with undecoded(picture) as image:
+            return data.train_image(image, self.size, rng), text, identity(picture)
+
+
+class Pairs(Source):
+    blank = "", "", 0
+
+    def __init__(self, arguments, languages=(), cache=None):
+        super().__init__(arguments, "texts", languages, cache)
+
+    def example(self, raw, said, rng):
+        """-> sentence a, sentence b, id: two languages of those present. Which is a and which is b is a toss (F2.3)."""
+        languages = self.spoken(said)
+        if len(languages) < 2:
+            raise ValueError(f"one language only ({' '.join(said)}), not two")
+        a, b = (said[languages[i]][rng.integers(len(said[languages[i]]))] for i in rng.permutation(len(languages))[:2])
+        return a, b, identity(raw)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What train.py asks for
+# ------------------------------------------------------------------------------------------------------------------
+
+def load_tokenizer(path):
+    if not path:
+        raise ValueError("your own data need --tokenizer FILE: XLM-R's sentencepiece.bpe.model, or one made by "
+                         "`python data.py tokenizer --texts FILES --out spm.model`")
+    try:
+        return data.Tokenizer(pathlib.Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a tokenizer ({reason(error)}): take XLM-R's sentencepiece.bpe.model, or make "
+                         f"one with python data.py tokenizer") from None
+
+
+def streams(args, size):
+    """Settings of train.py -> images with captions, and parallel text or None."""
+    images = parallel = None
+    if args.images in (None, ["demo"]):
+        images = data.DemoImages(scenes=args.scenes, keywords=args.keywords, size=size)
+    else:
+        images = Images(args.images, size, args.languages, args.cache, args.image_root)
+    if args.parallel_text and (args.texts == ["demo"] or not args.images):
+        parallel = data.DemoParallel(scenes=args.text_scenes)
+    elif args.parallel_text and args.texts:
+        parallel = Pairs(args.texts, args.languages, args.cache)
+    return images, parallel
+
+
+class Faults:
+    """Bad records of a process: counted, the first ten named; too many among the last thousand stop the run."""
+
+    def __init__(self, rank=0):
+        self.rank, self.window, self.count, self.last = rank, collections.deque(maxlen=WINDOW), 0, None
+
+    def note(self, batch):
+        """Takes out of an item of data.Batches what is for the log -> (bad records, cut sentences, time to stop?)."""
+        told = [(stream.pop("records"), stream.pop("cut")) for stream in batch if stream]
+        before, stop = self.count, False
+        for text in (text for records, _ in told for text in records):
+            self.window.append(bool(text))
+            if text:
+                self.count, self.last, stop = self.count + 1, text, stop or sum(self.window) > TOLERATED
+                if self.count <= 10:
+                    tqdm.write(f"process {self.rank}: skipped {text}")
+        return self.count - before, sum(cut for _, cut in told), stop
+
+    def verdict(self):
+        return (f"more than {TOLERATED} of a process's last {WINDOW:,} records were bad, the last here: "
+                f"{self.last or 'none, but in another process'}; `python data.py FILES` names them all")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sets to evaluate on
+# ------------------------------------------------------------------------------------------------------------------
+
+def evaluation_set(name):
+    """'demo:SPLIT', or a JSON-lines file with rows {"image": path beside the file,
+    "captions": {language: text or [texts]}} -> list of {"image": RGB image, "captions": {language: [text, ...]}, ...}.
+    ValueError with file and line on bad rows."""
+    if name.startswith("demo:"):
+        return emoji.split(name[5:])
+    path, rows = pathlib.Path(name), []
+    if not path.is_file():
+        raise ValueError(f"{name!r} is neither a file nor a split of the demo (demo:test_style, ...)")
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{name} line {number}"
+        try:
+            row = json.loads(line)
+            captions = {k: [t] if isinstance(t, str) else t for k, t in row["captions"].items()}
+            image = path.parent / row["image"]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(
+                f'{where}: expected {{"image": path, "captions": {{language: text or [texts]}}}}') from None
+        if not captions or not all(isinstance(texts, list) and texts and
+                                   all(isinstance(t, str) and t.strip() for t in texts) for texts in captions.values()):
+            raise ValueError(f"{where}: a caption is empty or not a text")
+        try:
+            rows.append({"image": open_image(image), "captions": captions})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    if not rows:
+        raise ValueError(f"{name} has no rows")
+    return rows
+
+
+def open_image(path):
+    """RGB image of a file; ValueError that names the file when it is missing or no image."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None

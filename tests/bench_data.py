@@ -1,0 +1,171 @@
+"""How fast and how large is reading? Numbers for the README; nothing here is a test.
+
+    python tests/bench_data.py index [--megabytes 2000]        building the index: GB/min and records/s of each kind
+    python tests/bench_data.py images [--count 300]            224 px images/s on one core, beside Pillow decoding alone
+    python tests/bench_data.py memory --dir BIG [--pairs 5000000 --pictures 1000000]
+                                                               resident memory of training, beside 10,000 records
+"""
+import argparse
+import io
+import json
+import os
+import pathlib
+import random
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data                                                                  # noqa: E402
+import records                                                               # noqa: E402
+import sources                                                               # noqa: E402
+
+TRAIN = ("--steps 40 --log_every 40 --batch 32 --text_batch 64 --width 32 --vision_layers 1 --vision_hidden 64 "
+         "--text_hidden 64 --fusion_hidden 64 --image_size 32 --no-eval --workers 1").split()
+
+
+def picture(seed, width, height, quality=90):
+    """JPEG bytes that are about as hard to decode as a photo: blurred noise at three scales."""
+    rng, total = np.random.default_rng(seed), np.zeros((height, width, 3))
+    for share, scale in ((0.6, 40), (0.3, 8), (0.1, 2)):
+        small = Image.fromarray(rng.integers(0, 256, (height // scale + 1, width // scale + 1, 3), dtype=np.uint8))
+        total += share * np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), float)
+    out = io.BytesIO()
+    Image.fromarray(total.clip(0, 255).astype(np.uint8)).filter(ImageFilter.SMOOTH).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def write_tar(path, pictures, first=0):
+    with tarfile.open(path, "w") as tar:
+        for i, raw in enumerate(pictures, first):
+            text = json.dumps({"captions": {"en": f"picture number {i}", "de": f"Bild Nummer {i}"}}).encode()
+            for name, body in ((f"{i:08}.jpg", raw), (f"{i:08}.json", text)):
+                info = tarfile.TarInfo(name)
+                info.size = len(body)
+                tar.addfile(info, io.BytesIO(body))
+    return path
+
+
+def write_pairs(path, first, last):
+    words = "time year people way day man thing woman life child world school state family".split()
+    draw = random.Random(first)
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(first, last):
+            said = " ".join(draw.choices(words, k=8))
+            file.write(f"{said} {i}\t{said[::-1]} {i}\n")
+    return path
+
+
+def bench_index(args):
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        folder, size = pathlib.Path(folder), args.megabytes << 20
+        photo = picture(0, 500, 375)
+        made = {"tar, photos": write_tar(folder / "a.tar", [photo] * (size // (len(photo) + 2048))),
+                "tar, thumbnails": write_tar(folder / "b.tar", [picture(1, 32, 32)] * (size // 10 // 3072)),
+                "tsv": write_pairs(folder / "c.tsv", 0, size // 100)}
+        for name, path in made.items():
+            path.read_bytes()                                                # into the page cache: disks differ
+            start = time.perf_counter()
+            found = len((records.Tar if path.suffix == ".tar" else records.Columns)(str(path)))
+            spent, gigabytes = time.perf_counter() - start, path.stat().st_size / 1e9
+            print(f"{name:16} {gigabytes:6.2f} GB, {found:10,} records: {60 * gigabytes / spent:7.1f} GB/min, "
+                  f"{found / spent:12,.0f} records/s")
+
+
+def bench_images(args):
+    """Both do the same pictures by turns in one process; medians of the rounds, process time."""
+    for width, height in ((500, 375), (640, 480), (800, 600), (1024, 768)):
+        with tempfile.TemporaryDirectory() as folder:
+            raws = [picture(i, width, height) for i in range(args.count)]
+            source = sources.Images([str(write_tar(pathlib.Path(folder, "a.tar"), raws))], 224)
+            times = {"floor": [0.0] * args.rounds, "ours": [0.0] * args.rounds}
+            for turn in range(args.rounds):
+                for i, raw in enumerate(raws):                               # neighbours on the machine hit both
+                    start = time.process_time()
+                    Image.open(io.BytesIO(raw)).load()
+                    middle = time.process_time()
+                    np.ascontiguousarray(source[i, data.generator(turn, i)][0])
+                    times["floor"][turn] += middle - start
+                    times["ours"][turn] += time.process_time() - middle
+            floor, ours = (len(raws) / statistics.median(times[k]) for k in ("floor", "ours"))
+            size = sum(map(len, raws)) / len(raws) / 1024
+            print(f"{width} x {height}, {size:.0f} KiB: Pillow decodes {floor:.0f}/s, "
+                  f"read + decode + augment to 224 px {ours:.0f}/s: ratio {ours / floor:.2f}", flush=True)
+
+
+def peak(pid):
+    """{process: highest resident size in MB} of a process and its children."""
+    found = {}
+    for p in [pid, *map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]:
+        for line in pathlib.Path(f"/proc/{p}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                found["main" if p == pid else "worker"] = int(line.split()[1]) / 1024
+    return found
+
+
+def train_on(folder, out):
+    """Trains on a folder's pictures and pairs -> {process: highest resident MB}, seconds."""
+    command = [sys.executable, "train.py", "--out", str(out), "--images", str(folder / "pictures"), "--texts",
+               str(folder / "pairs"), "--tokenizer", str(folder.parent / "spm.model"), *TRAIN]
+    run, highest, start = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL), {}, time.perf_counter()
+    while run.poll() is None:
+        try:
+            for name, size in peak(run.pid).items():
+                highest[name] = max(highest.get(name, 0), size)
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+        time.sleep(0.05)
+    if run.returncode:
+        sys.exit(f"train.py ended with status {run.returncode}")
+    return highest, time.perf_counter() - start
+
+
+def bench_memory(args):
+    base = pathlib.Path(args.dir or tempfile.mkdtemp())
+    small, large = base / "small", base / "large"
+    for folder, pairs, pictures in ((small, 10_000, 10_000), (large, args.pairs, args.pictures)):
+        if not folder.exists():
+            for kind in ("pictures", "pairs"):
+                (folder / kind).mkdir(parents=True)
+            thumbnails = [picture(i, 32, 32) for i in range(100)]
+            for first in range(0, pictures, 50_000):
+                write_tar(folder / "pictures" / f"{first:08}.tar",
+                          (thumbnails[i % 100] for i in range(min(50_000, pictures - first))), first)
+            for first in range(0, pairs, 1_000_000):
+                write_pairs(folder / "pairs" / f"{first:08}.tsv", first, min(first + 1_000_000, pairs))
+            print(f"made {folder}: {pictures:,} pictures, {pairs:,} pairs", flush=True)
+    if not (base / "spm.model").exists():
+        subprocess.run([sys.executable, "data.py", "tokenizer", "--texts", str(small / "pairs"), "--vocab", "500",
+                        "--out", str(base / "spm.model")], cwd=ROOT, check=True)
+    results = {}
+    for name, folder in (("small", small), ("large, index is built", large), ("large, index is there", large)):
+        for stale in folder.glob("*/.*.index") if "built" in name else ():
+            stale.unlink()
+        with tempfile.TemporaryDirectory(dir=base) as out:
+            results[name], seconds = train_on(folder, out)
+        print(f"{name:22} " + ", ".join(f"{p} {size:.0f} MB ({size - results['small'][p]:+.0f})"
+                                        for p, size in results[name].items()) + f", {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["index", "images", "memory"])
+    parser.add_argument("--dir", help="where large files may lie")
+    parser.add_argument("--megabytes", type=int, default=2000)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5_000_000)
+    parser.add_argument("--pictures", type=int, default=1_000_000)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"                                      # of the runs of train.py
+    torch.set_num_threads(1)                                                 # as in a worker of the DataLoader
+    {"index": bench_index, "images": bench_images, "memory": bench_memory}[args.what](args)

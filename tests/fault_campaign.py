@@ -1,0 +1,146 @@
+"""Damages shards on purpose, many times: records, skipped counts and the doctor must agree with a naive parse of the
+same bytes, or there must be one clear line that refuses the file. Every tenth shard is also trained on.
+
+    python tests/fault_campaign.py 300
+
+A small slice runs in tests/test_faults.py. Killed processes: tests/kill_campaign.py.
+"""
+import base64
+import contextlib
+import io
+import json
+import pathlib
+import random
+import sys
+import tarfile
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import data                                                                  # noqa: E402
+import doctor                                                                # noqa: E402
+import records                                                               # noqa: E402
+import samples                                                               # noqa: E402
+import sources                                                               # noqa: E402
+import train                                                                 # noqa: E402
+
+N = 40                                                                       # records of a shard
+TINY = ("--width 32 --vision_layers 1 --vision_hidden 64 --text_hidden 64 --fusion_hidden 64 --image_size 32 "
+        "--patch_size 16 --batch 8 --text_batch 8 --log_every 1 --no-eval").split()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Damage
+# --------------------------------------------------------------------------------------------------------------------
+
+def make(kind, folder):
+    """A whole shard -> its path, and where the records of a tar start."""
+    if kind == "tar":
+        path = pathlib.Path(samples.write_tar(folder / "a.tar", N))
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+        return path, {m.name.split(".")[0]: m.offset for m in members[::2]}
+    if kind == "pairs":
+        path = folder / "a.tsv"
+        path.write_text("".join(f"{samples.PHRASES['en'].format(i)}\t{samples.PHRASES['zh'].format(i)}\n"
+                                for i in range(N)), "utf-8")
+        return path, None
+    for i in range(N):
+        (folder / f"{i}.jpg").write_bytes(samples.jpeg(i))
+    return pathlib.Path(samples.lines(folder / "a.jsonl", (
+        {"image": f"{i}.jpg" if kind == "paths" else base64.b64encode(samples.jpeg(i)).decode(),
+         "caption": samples.said(i)} for i in range(N)))), None
+
+
+def damage(kind, path, draw):
+    """Breaks a shard in a way drawn at random -> its name."""
+    raw = bytearray(path.read_bytes())
+    at, length = draw.randrange(len(raw)), draw.choice([1, 4, 60, 400])
+    ways = ["cut", "noise", "zeros", "empty", "garbage", "insert"][:5 if kind == "tar" else 6]
+    way = draw.choice(ways + ["image cut", "image empty", "image gone", "image is a folder"] * 2 * (kind == "paths"))
+    if way.startswith("image"):
+        image = path.parent / f"{draw.randrange(N)}.jpg"
+        body = image.read_bytes()
+        image.unlink()
+        if way != "image gone":
+            image.mkdir() if "folder" in way else image.write_bytes(body[:draw.randrange(len(body))] * ("cut" in way))
+        return way
+    if way == "cut":
+        del raw[at:]
+    elif way in ("noise", "zeros"):
+        raw[at:at + length] = (draw.randbytes(length) if way == "noise" else bytes(length))[:len(raw) - at]
+    elif way == "insert":
+        raw[at:at] = draw.randbytes(length).replace(b"\n", b"?")
+    path.write_bytes(raw if way not in ("empty", "garbage") else b"<html>not found</html>" * (way == "garbage"))
+    return way
+
+
+def one_corruption(number, folder, tokenizer):
+    """-> (what was done, how many records were bad). AssertionError where we and the naive parse disagree."""
+    draw = random.Random(number)
+    kind = draw.choice(["tar", "base64", "paths", "pairs"])
+    path, spans = make(kind, folder)
+    way = damage(kind, path, draw)
+    truth = (samples.expected_tar(path, spans) if kind == "tar" else
+             samples.expected_pairs(path) if kind == "pairs" else samples.expected_images(path))
+    if kind == "tar" and way == "garbage":
+        truth = [None]                                                       # one stretch without any header
+    what, images = f"{number}: {kind}, {way}", kind != "pairs"
+    try:
+        source = sources.Images([str(path)], 32) if images else sources.Pairs([str(path)])
+    except ValueError as error:
+        assert not truth and str(path) in str(error), what
+        return what + f", refused: {error}", 0
+    assert len(source) == len(truth), (what, len(source), len(truth))
+    bad = {i for i, thing in enumerate(truth) if thing is None}
+    batches = data.Batches(tokenizer, *([source, None] if images else [None, source]), 8, 8, seed=number)
+    faults, found, skipped, stop, expected, visits = sources.Faults(), [], 0, False, [], 0
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        for step in range(-(-len(truth) // 8)):
+            item = batches[step]
+            found += item[not images]["ids"].tolist()
+            count, _, now = faults.note(item)
+            skipped, stop = skipped + count, stop or now
+        status = doctor.main([str(path)])
+    assert status == bool(bad) and f"broken {'':9} {len(bad) or 'none'}" in said.getvalue(), (what, said.getvalue())
+    for position in range(len(found)):
+        _, index = data.example_at(position, len(truth), number, int(not images))
+        for _ in range(11):
+            if index not in bad:
+                expected.append(records.identity(truth[index]))
+                break
+            visits, index = visits + 1, (index + 1) % len(truth)
+        else:
+            expected.append(0)
+    assert (found, skipped) == (expected, visits) and stop == (visits > 10), (what, skipped, visits)
+    if number % 10 == 0:
+        trained(path, images, folder, tokenizer, skipped if not stop else None, -(-len(truth) // 8), number, what)
+    return what + (", stopped" if stop else ""), len(bad)
+
+
+def trained(path, images, folder, tokenizer, skipped, steps, seed, what):
+    """train.py on the damaged shard: its log counts the same skipped records, or it ends with status 2 and one line."""
+    (folder / "spm.model").write_bytes(tokenizer.model)
+    given = ["--images", str(path)] if images else ["--images", "demo", "--texts", str(path), "--image_size", "64"]
+    words = ["--out", str(folder / "out"), "--tokenizer", str(folder / "spm.model"), *TINY, *given, "--workers", "0",
+             "--steps", str(steps), "--seed", str(seed)]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
+        status = train.main(words)
+    if skipped is None:
+        assert status == 2 and len(error.getvalue().splitlines()) == 1 and "were bad" in error.getvalue(), what
+    else:
+        rows = (folder / "out" / "log.csv").read_text().splitlines()
+        column = rows[0].split(",").index("bad_records")
+        assert status == 0 and sum(int(row.split(",")[column]) for row in rows[1:]) == skipped, what
+
+
+if __name__ == "__main__":
+    tokenizer, damaged, bad = data.demo_tokenizer(4000), 0, 0
+    for number in range(int(sys.argv[1])):
+        with tempfile.TemporaryDirectory() as folder:
+            what, count = one_corruption(number, pathlib.Path(folder), tokenizer)
+            damaged, bad = damaged + (count > 0 or "refused" in what), bad + count
+            print(what.replace(folder, ""), f"{count} bad", flush=True)
+    print(f"{sys.argv[1]} damaged shards read as a naive parse reads them: {damaged} of them had bad records or were "
+          f"refused, {bad} records were bad")
