@@ -52,9 +52,9 @@ def test_every_path_and_flag_of_the_readmes_commands_exists():
 
 
 def test_imports_point_one_way():
-    """kernels <- model <- losses; data, layouts, weights above; evaluate above those; train on top. Nothing runs at
-    import."""
-    order = ["kernels", "demo", "model", "losses", "data", "layouts", "weights", "evaluate", "train"]
+    """kernels <- model <- losses; files, data, layouts, weights above; evaluate above those; train on top. Nothing runs
+    at import."""
+    order = ["kernels", "demo", "model", "losses", "files", "data", "layouts", "weights", "evaluate", "train"]
     for path in FILES:
         own = path.parent.name if path.parent != ROOT else path.stem
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
