@@ -165,8 +165,8 @@ def settled(preset, source, changes, title):
 def check_positions(config, title):
     """ValueError when a sentence as long as training and search make it would not fit."""
     if config.positions - config.offset < LONGEST:
-        raise ValueError(f"{title}: its position table has room for {config.positions - config.offset} tokens, and "
-                         f"sentences here have up to {LONGEST}; use an encoder with a longer one")
+        raise ValueError(f"{title}: the position table has room for {config.positions - config.offset} tokens, and "
+                         f"sentences here have up to {LONGEST}: a longer one is needed")
 
 
 def initialise(model, source):
@@ -190,7 +190,9 @@ def starting_point(path, state, flags):
     if not state and not paths:
         check_sizes(changes, "the command line")
         tokenizer = data.demo_tokenizer()
-        return CCLM(build(preset, **changes | {"vocabulary": tokenizer.size})), tokenizer, "random weights"
+        config = build(preset, **changes | {"vocabulary": tokenizer.size})
+        check_positions(config, "--positions")
+        return CCLM(config), tokenizer, "random weights"
     source = (own_source(path, state["model"], state["config"]["model"], state["tokenizer"]) if state else
               read_sources(paths, towers=[name[5:] for name in given]))
     if not source.tokenizer and "text" in map(part, source.weights):

@@ -66,6 +66,7 @@ def test_flags_of_an_import_that_cannot_be_are_refused(capsys):
     refused(capsys, ["import", "a.bin", "--out", "b.pt", "--image_size", "160000000"], "image_size", "at most 4096")
     refused(capsys, ["import", "a.bin", "--out", "b.pt", "--text_heads", "5"], "5 heads", "another --text_heads")
     refused(capsys, [*HERE, "--image_size", "160000000"], "image_size", "4096", main=train.main)
+    refused(capsys, [*HERE, "--positions", "20"], "--positions", "room for 18 tokens", main=train.main)
     for words in (["export", "a.pt", "folder", "--image_size", "384"], ["a.pt", "--out", "b.pt"]):
         refused(capsys, words, words[-2], "only for weights.py import")
     os.mkdir("folder")
@@ -107,6 +108,7 @@ def test_our_own_files_with_impossible_settings_are_refused(capsys, tokenizer):
     model = checkpoint(tokenizer)
     assert weights.main(["export", "own.pt", "folder"]) == 0
     good = asdict(model.config)
+    assert "\n- width: 32\n" in open("folder/README.md").read()
     for text, said in (("{}", "no width"), ("{", "not readable"), ("[1]", "not readable"),
                        *((json.dumps(good | change), "config.json") for change in (
                            {"patch_size": 0}, {"vision_heads": 0}, {"width": -128}, {"width": True},
