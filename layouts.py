@@ -60,6 +60,7 @@ KINDS = r"text_encoder\.(bert\.)?embeddings\.token_type_embeddings\.weight \[{},
 UNUSED = {r".*position_ids": "positions are counted", r"bbox_head\..*": "region losses are out of scope",
           r".*pooler\..*": "states are used as they are", r"head\..*": "a classifier of its own task",
           r".*relative_position_index": "computed from the grid, and checked"}
+WORDS = ("mlm_head.weight", "mlm_head.bias")                                 # one row, one number for each word
 ENGLISH = "words of another language, left to XLM-R (F4.7)"
 TEXTS = [
     Layout("CCLM-X2VLM", r"cross_encoder\.encoder\.layer\.0\..*",
@@ -127,6 +128,18 @@ def layout_of(tensors):
                   tuple(p for x in found for p in x.parts), joined("new"), UNUSED | joined("unused"))
 
 
+LARGEST = {"image_size": 4096, "vision_layers": 1000, "text_layers": 1000, "fusion_layers": 1000}
+
+
+def check_sizes(fields, where):
+    """ValueError for a whole number that no model has."""
+    for name, value in fields.items():
+        least, most = int(name != "offset"), LARGEST.get(name, math.inf)
+        if type(value) is int and not least <= value <= most:
+            raise ValueError(f"{where}: {name} is {value}, but must be at least {least}"
+                             + f" and at most {most}" * (most < math.inf))
+
+
 def our_names(name, layout, split, step, layers):
     """Their name -> ours: [] unknown; three for a joint q, k, v; every layer's for BEiT's shared table (F4.6). split:
     so many layers of one stack, of which only every step-th is taken, are text, the rest fusion."""
@@ -156,8 +169,10 @@ def translate(tensors, every_second=False):
             fields=layout.fields | {"offset": 0, "fusion_eps": 1e-5}, parts=("text", "fusion"),
             new={r"fusion\..*\.cross.*": "XLM-R has no cross-attention (F4.5)"},
             unused=UNUSED | {r".*encoder\.layer\.\d*[02468]\..*": "every second layer was asked for (F4.5)"})
-    number = lambda pattern: [int(n) for name in tensors for n in re.findall(pattern, name)]
-    layers = max(number(r"(?:blocks|layer)\.(\d+)\."), default=0) + 1
+    number = lambda pattern: {int(n) for name in tensors for n in re.findall(pattern, name)}
+    layers = contiguous(number(r"(?:blocks|layer)\.(\d{1,9})\d*\."), layout.title)
+    if every_second and layers % 4:
+        raise ValueError(f"--every_second needs a number of layers that is a multiple of 4, and here are {layers}")
     crossed = number(r"^text_encoder.*layer\.(\d+)\.cross")
     split, step = (layers // 4, 2) if every_second else (min(crossed, default=0), 1)
     weights, notes = {}, []
@@ -166,7 +181,7 @@ def translate(tensors, every_second=False):
         ours = our_names(name, layout, split, step, layers)
         reason = why(layout.unused, name, *ours)
         index = name.endswith("relative_position_index")
-        if index and not torch.equal(tensor, relative_index(math.isqrt(len(tensor) - 1))):
+        if index and not torch.equal(tensor, relative_index(patches(tensor))):
             raise ValueError(f"{full} is not BEiT's order of patches")
         if not reason and any(new in weights for new in ours):
             if not torch.equal(weights[ours[0]], tensor):
@@ -177,50 +192,74 @@ def translate(tensors, every_second=False):
         for new, piece in zip(ours, pieces):
             piece = piece.squeeze() if new in ("vision.class_token", "vision.positions", "text.kind") else piece
             weights[new] = piece.float()                                     # of fp32: a no-op, still a map of the file
-    try:
-        return Source(layout.title, weights, notes, shapes(weights) | layout.fields, layout.parts, layout.new)
-    except KeyError as error:
-        raise ValueError(f"{layout.title}, but without {error}: its architecture cannot be read") from None
+    fields = shapes(weights, layout.title) | layout.fields
+    decoder, words = weights.get("mlm_head.weight"), weights.get("text.words.weight")
+    if fields.get("tied") and decoder is not None and words is not None and not torch.equal(decoder, words):
+        fields["tied"] = False                                               # its masked LM has a decoder of its own
+    return Source(layout.title, weights, notes, fields, layout.parts, layout.new)
 
 
-def shapes(w):
+def contiguous(numbers, title):
+    """How many layers there are, 1 where none has a number; ValueError when a number between is left out."""
+    if numbers and max(numbers) + 1 > len(numbers):
+        gap = min(set(range(len(numbers))) - numbers)
+        raise ValueError(f"{title}: there is a layer {max(numbers)}, but no layer {gap}")
+    return max(len(numbers), 1)
+
+
+def shapes(w, title):
     """{field of Config: value}, as far as shapes tell; heads are 64 wide where no relative table tells their number."""
     found = {"embedding": len(w["text_proj.weight"])} if "text_proj.weight" in w else {}
-    for tower in ("vision", "text", "fusion"):
-        layers = [int(name.split(".")[2]) for name in w if name.startswith(tower + ".layers.")]
-        if not layers:
-            continue
-        hidden, width = w[f"{tower}.layers.0.mlp.up.weight"].shape
-        if found.setdefault("width", width) != width:
-            raise ValueError(f"vision width {found['width']} is not text width {width}: one fusion encoder reads both "
-                             f"(F1.4)")
-        found |= {f"{tower}_layers": max(layers) + 1, f"{tower}_hidden": hidden, f"{tower}_heads": max(1, width // 64)}
-        if tower == "text":
-            found |= {"vocabulary": len(w["text.words.weight"]), "positions": len(w["text.positions.weight"])}
-        if tower == "vision":
-            table, patch = w.get("vision.layers.0.attention.relative"), w["vision.patches.weight"].shape[-1]
-            if table is None:
-                grid = math.isqrt(len(w["vision.positions"]) - 1)
-            else:
-                grid, found["vision_heads"] = (math.isqrt(len(table) - 3) + 1) // 2, table.shape[1]
-            found |= {"patch_size": patch, "image_size": grid * patch, "stem": False}
+    try:
+        for tower in ("vision", "text", "fusion"):
+            layers = {int(name.split(".")[2]) for name in w if name.startswith(tower + ".layers.")}
+            if not layers:
+                continue
+            hidden, width = w[f"{tower}.layers.0.mlp.up.weight"].flatten(1).shape
+            if found.setdefault("width", width) != width:
+                raise ValueError(f"vision width {found['width']} is not text width {width}: one fusion encoder reads "
+                                 f"both (F1.4)")
+            found |= {f"{tower}_layers": contiguous(layers, f"{title}, {tower}"), f"{tower}_hidden": hidden,
+                      f"{tower}_heads": max(1, width // 64)}
+            if tower == "text":
+                found |= {"vocabulary": len(w["text.words.weight"]), "positions": len(w["text.positions.weight"])}
+            if tower == "vision":
+                table, patch = w.get("vision.layers.0.attention.relative"), w["vision.patches.weight"].shape[-1]
+                if table is None:
+                    grid = patches(w["vision.positions"])
+                else:
+                    grid, found["vision_heads"] = offsets(table), table.shape[1]
+                found |= {"patch_size": patch, "image_size": grid * patch, "stem": False}
+    except KeyError as error:
+        raise ValueError(f"{title}, but without {error}: its architecture cannot be read") from None
+    check_sizes(found, title)
     return found
 
 
 def merge(a, b):
-    """Two sources as one: b's parts replace a's, but for the masked LM head, which stays a's (F4.7)."""
-    if a.fields.get("width", b.fields["width"]) != b.fields["width"]:
+    """Two sources as one: b's parts replace a's. But XLM-R leaves a its masked LM head (F4.7), without what that has
+    for each word when the words are others; where it has a head itself, other words take it."""
+    if len({s.fields["width"] for s in (a, b) if "width" in s.fields}) == 2:
         raise ValueError(f"{a.title} has width {a.fields['width']}, {b.title} {b.fields['width']}: one fusion encoder "
                          f"reads both (F1.4)")
     ours, theirs = ({part(name) for name in s.weights} for s in (a, b))
-    theirs -= ours & {"mlm_head"}
+    words = a.fields.get("vocabulary", b.fields.get("vocabulary"))
+    others = "text" in theirs and words != b.fields.get("vocabulary")
+    theirs -= set() if others or b.title != "XLM-R" else ours & {"mlm_head"}
+    apart = {}                                                               # of a's head: {name: why it stays out}
+    if "mlm_head" in ours - theirs and "text" in theirs:
+        apart = {"mlm_head.weight": "tied to the words of another source"} if a.fields.get("tied") else {}
+        apart |= dict.fromkeys(WORDS, f"for {words:,} other words") if others else {}
     lost = lambda s, gone: [(name, to, reason or ("another source holds it" if to and part(to[0]) in gone else ""))
                             for name, to, reason in s.notes]
-    weights = {n: t for n, t in a.weights.items() if part(n) not in theirs}
+    notes = [(name, to, reason or apart.get("".join(to[:1]), "")) for name, to, reason in lost(a, theirs)]
+    weights = {n: t for n, t in a.weights.items() if part(n) not in theirs and n not in apart}
     weights |= {n: t for n, t in b.weights.items() if part(n) in theirs}
-    fields = a.fields | {k: v for k, v in b.fields.items() if k != "tied" or "tied" not in a.fields}
+    fields = a.fields | {k: v for k, v in b.fields.items()
+                         if k != "tied" or "tied" not in a.fields or "mlm_head" in theirs}
     new = {pattern: reason for pattern, reason in a.new.items() if pattern.split("\\")[0] not in theirs}
-    return Source(f"{a.title} + {b.title}", weights, lost(a, theirs) + lost(b, ours - theirs), fields,
+    new |= dict.fromkeys((re.escape(name) for name in WORDS), "the words are another source's") if others else {}
+    return Source(f"{a.title} + {b.title}", weights, notes + lost(b, ours - theirs), fields,
                   a.parts + b.parts, new | b.new, b.tokenizer if "text" in theirs else a.tokenizer)
 
 
@@ -245,10 +284,26 @@ def cubic(x, at):
     return a * eye[i] + b * eye[i + 1] + step ** 2 / 6 * ((a ** 3 - a) * second[i] + (b ** 3 - b) * second[i + 1])
 
 
+def patches(table):
+    """ViT's positions (1 + g * g, D) -> g."""
+    grid = math.isqrt(max(len(table) - 1, 0))
+    if len(table) != grid ** 2 + 1:
+        raise ValueError(f"a table of {len(table)} rows is not of a square of patches and a class token")
+    return grid
+
+
+def offsets(table):
+    """BEiT's relative table ((2g-1)^2 + 3, H) -> g."""
+    grid = (math.isqrt(max(len(table) - 3, 0)) + 1) // 2
+    if len(table) != (2 * grid - 1) ** 2 + 3 or grid < 3 or table.ndim != 2:
+        raise ValueError(f"a relative table of shape {tuple(table.shape)} is not of a square of 3 x 3 patches or more")
+    return grid
+
+
 def resize_relative(table, grid):
     """BEiT's relative table ((2g-1)^2 + 3, H) for another grid (F4.6): the old offsets are spread over the new ones
     geometrically, densest at 0; a cubic spline is read at every new offset; the last three rows are kept."""
-    old, new, ends = math.isqrt(len(table) - 3), 2 * grid - 1, lambda q: sum(q ** i for i in range(old // 2))
+    old, new, ends = 2 * offsets(table) - 1, 2 * grid - 1, lambda q: sum(q ** i for i in range(old // 2))
     low, high = 1.01, 1.5                                                    # q: 1 + q + ... + q^(old//2 - 1) = new//2
     if not ends(low) <= new // 2 <= ends(high):
         raise ValueError(f"relative positions of {(old + 1) // 2} patches a side cannot be spread over {grid} (F4.6): "
@@ -264,7 +319,7 @@ def resize_relative(table, grid):
 
 def resize_positions(table, grid):
     """ViT's positions (1 + g * g, D) for another grid, bicubic; the class token's row is kept (F4.6)."""
-    old = math.isqrt(len(table) - 1)
+    old = patches(table)
     square = table[1:].view(1, old, old, -1).permute(0, 3, 1, 2)             # (1, D, g, g)
     square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
     return torch.cat([table[:1], square.flatten(2)[0].T])                    # (1 + grid * grid, D)
@@ -279,8 +334,11 @@ def fit(source, model, allow=()):
     -> (weights, {missing name: why}). ValueError for what is neither explained nor named by a pattern of `allow`."""
     own, config, weights = model.state_dict(), model.config, dict(source.weights)
     grid, named = config.image_size // config.patch_size, lambda name: any(fnmatch.fnmatchcase(name, p) for p in allow)
-    if "text.words.weight" in weights and (config.tied or source.fields.get("tied") and "mlm_head.bias" in weights):
-        weights["mlm_head.weight"] = weights["text.words.weight"]            # untied: starts where the tied one was
+    words = weights.get("text.words.weight")
+    if words is not None and (config.tied or source.fields.get("tied") and "mlm_head.bias" in weights):
+        if not torch.equal(weights.setdefault("mlm_head.weight", words), words):       # untied: starts as the tied one
+            raise ValueError(f"{source.title}: its masked LM's decoder is not its word embedding, and a tied model has "
+                             f"no place for it: leave --tied out")
     for name, tensor in weights.items():
         if name == "vision.positions" and len(tensor) != grid ** 2 + 1:
             weights[name] = resize_positions(tensor, grid)
@@ -309,14 +367,16 @@ def report(source, weights, missing, made):
     """The key report: one line for tensors that differ only in their layer, with their number. weights: what is used;
     made: {missing name: its new tensor}."""
     first = lambda t: t.flatten()[0].item()
+    key = lambda line: re.sub(r"\.\d+\.", ".*.", re.sub(r"(random), deviation \S+:", r"\1:", line))
     lines = [f"{name} -> used as {', '.join(ours)}" if ours and not reason and weights.keys() >= set(ours) else
              f"{name} -> unused: {reason or 'named by --allow_missing'}" for name, ours, reason in source.notes]
     for name, reason in missing.items():
         t = made[name]
         how = f"all {first(t):.3g}" if (t == first(t)).all() else f"random, deviation {t.std().item():.2g}"
         lines.append(f"missing {name} -> {how}: {reason}")
-    counts, used = collections.Counter(re.sub(r"\.\d+\.", ".*.", x) for x in lines), sum(" -> used" in x for x in lines)
-    return [f"{count:4} {line}" for line, count in counts.items()] + [
+    counts, used = collections.Counter(map(key, lines)), sum(" -> used" in x for x in lines)
+    shown = {key(line): re.sub(r"\.\d+\.", ".*.", line) for line in lines}
+    return [f"{count:4} {shown[line]}" for line, count in counts.items()] + [
         f"{source.title}: {used + sum(' -> unused' in x for x in lines)} tensors, {used} used; {len(missing)} missing"]
 
 

@@ -49,7 +49,7 @@ import sources
 from kernels.attention import running
 from losses import cross_view, total, world
 from model import PRESETS, Config, Fusion, View, parameter_groups
-from weights import initialise, read_checkpoint, starting_point, write_checkpoint
+from weights import read_checkpoint, starting_point, write_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------------
 # Settings (the FREE ones may differ on resume)

@@ -1,12 +1,8 @@
-"""Weights in and out: checkpoints of train.py, published models and encoders, safetensors.
+"""Weights in and out: published models and encoders become checkpoints of train.py, and these go out as safetensors.
 
-A checkpoint is one file of plain dicts and tensors, read with weights_only=True: it cannot run code.
-
-    {"model": state dict, "optimizer": ..., "step": int, "rng": [one per process], "tokenizer": sentencepiece's bytes,
-     "config": {"model": the fields of model.Config, "train": the settings of train.py}}
-
-A source is a published file, or a folder with one and its sentencepiece.bpe.model. layouts.py recognises it; every
-tensor is accounted for (used as, unused because, missing -> initialised how), or it is an error.
+A source is a published file, or a folder with one, its sentencepiece.bpe.model and, where it has one, its config.json.
+files.py reads it, as plain data that cannot run code; layouts.py recognises it; every tensor is accounted for (used as,
+unused because, missing -> initialised how), or it is an error.
 
     python weights.py out/ckpt.pt                                    what a checkpoint holds
     python weights.py import cclm_x2vlm_base.th --out ckpt.pt        the authors' model, for --init and --ckpt
@@ -18,115 +14,17 @@ tensor is accounted for (used as, unused because, missing -> initialised how), o
 import argparse
 import functools
 import json
-import math
-import os
 import pathlib
-import pickle
-import re
-import shutil
 import sys
-import zipfile
 from dataclasses import asdict, fields, replace
 
-import numpy as np
 import torch
 
 import data
 import sources
-from layouts import PARTS, Source, fit, merge, part, report, text_encoder, translate
+from files import read_checkpoint, read_pickle, read_safetensors, write_checkpoint, write_safetensors
+from layouts import PARTS, Source, check_sizes, fit, merge, part, report, text_encoder, translate
 from model import CCLM, Config, build
-
-# ------------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def write_checkpoint(path, state, keep=0):
-    """Written beside its place, flushed to disk, then renamed: a kill at any moment, or a full disk, leaves the old
-    file or the new one. keep: how many earlier ones stay as ckpt_STEP.pt."""
-    beside = path.with_suffix(".tmp")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:                                 # torch hides a full disk in "enforce fail"
-        beside.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "enforce fail" not in str(error):
-            raise                                                            # a worker that died at this moment
-        raise ValueError(f"{path} cannot be written, {shutil.disk_usage(path.parent).free / 2 ** 20:,.0f} MB are free "
-                         f"there ({error}); what stood there before is whole") from None
-    if keep and path.exists():                                               # linked: at no moment is there no ckpt.pt
-        earlier = path.with_name(f"ckpt_{torch.load(path, weights_only=True, mmap=True)['step']}.pt")
-        earlier.unlink(missing_ok=True)
-        os.link(path, earlier)
-        for stale in sorted(path.parent.glob("ckpt_*.pt"), key=lambda p: int(p.stem[5:]))[:-keep]:
-            stale.unlink()
-    os.replace(beside, path)
-
-
-def read_pickle(path, mmap=False):
-    """torch.load that cannot run code; ValueError in one line for what it does not read. argparse.Namespace, which
-    trainers leave in their files, is plain data."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint or file of weights") from None
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError,
-            AssertionError, MemoryError, pickle.UnpicklingError) as error:   # what broken bytes make of the unpickler
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        raise ValueError(f"{path} is refused, not a checkpoint of plain data: it asks to run {code[1]}" if code else
-                         f"{path} is truncated or not a checkpoint ({type(error).__name__})") from None
-
-
-def read_checkpoint(path, mmap=False):
-    """The dict that train.py saved; ValueError in one line for anything else. mmap: its tensors map the file."""
-    state = read_pickle(path, mmap)
-    try:
-        dict(state["model"]), dict(state["config"]["model"]), dict(state["config"]["train"]), state["tokenizer"]
-        return state
-    except (KeyError, TypeError, IndexError, ValueError):
-        raise ValueError(f"{path} is not a checkpoint of train.py; or first: python weights.py import") from None
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def read_safetensors(path):
-    """{name: tensor}, each a map of its piece of the file: 8 bytes of length, a JSON header, the tensors' bytes."""
-    try:
-        with open(path, "rb") as file:
-            length, size = int.from_bytes(file.read(8), "little"), os.path.getsize(path)
-            header, tensors = json.loads(file.read(length) if length < size else b""), {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                (start, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-                if end - start != math.prod(shape) * dtype.itemsize or start < 0:        # an end too far: mmap refuses
-                    raise ValueError(f"{name} does not fit into the file")
-                tensors[name] = torch.zeros(shape, dtype=dtype) if end == start else torch.from_numpy(
-                    np.memmap(path, "u1", "c", 8 + length + start, end - start)).view(dtype).view(shape)
-        return tensors
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
-
-
-def write_safetensors(path, tensors):
-    """The inverse; wide types first, so that every tensor lies aligned."""
-    codes, header, end = {dtype: code for code, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    for name in order:
-        t, start = tensors[name], end
-        end += t.numel() * t.dtype.itemsize
-        header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
-
 
 # ------------------------------------------------------------------------------------------------------------------
 # Import
@@ -134,63 +32,142 @@ def write_safetensors(path, tensors):
 
 def known_fields(config, path):
     """The fields of a saved Config -> the same; ValueError for one that this version of the program cannot build."""
-    kinds = {field.name: (int, float) if field.type is float else field.type for field in fields(Config)}
+    kinds = {field.name: (int, float) if field.type is float else (field.type,) for field in fields(Config)}
     for name, value in config.items():
-        if not isinstance(value, kinds.get(name, ())):
+        if type(value) not in kinds.get(name, ()):                           # True is no int here
             raise ValueError(f"{path} was saved by another version of this program, which this one cannot read: "
                              f"setting {name!r} is {value!r}; use that version")
+    check_sizes(config, path)
     return config
+
+
+def words_of(tokenizer, path):
+    """The number of words of a sentencepiece model, None of None; ValueError that names its file."""
+    try:
+        return None if tokenizer is None else data.Tokenizer(tokenizer or b"nothing").size
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def own_source(path, weights, config, tokenizer):
     """A checkpoint or an export of this program: the names are ours, and every part must be there."""
     notes = [(name, [name], "") for name in weights]
+    words_of(tokenizer, path)
     return Source(str(path), weights, notes, known_fields(config, path), (*PARTS, "mlm_head"), {}, tokenizer)
+
+
+SUFFIXES = (".th", ".pth", ".bin", ".safetensors")
+
+
+def weights_file(path):
+    """A file, or the one that a folder means: model.safetensors, else pytorch_model.bin, else its only one."""
+    if not path.is_dir():
+        return path
+    found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()][:1]
+    found = found or sorted(x for x in path.iterdir() if x.suffix in SUFFIXES and x.is_file())
+    if not found:
+        raise ValueError(f"{path} holds no pytorch_model.bin nor another file of weights ({' '.join(SUFFIXES)})")
+    if len(found) > 1:
+        raise ValueError(f"{path} holds {', '.join(x.name for x in found)}: name one of them")
+    return found[0]
+
+
+def read_settings(path):
+    """A config.json -> dict; ValueError that names it."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is not readable as the settings of a model ({error})") from None
+
+
+def told(source, path):
+    """Fields that the config.json beside XLM-R's or CLIP's weights tells and shapes do not."""
+    tower = {"XLM-R": "text", "CLIP": "vision"}.get(source.title)
+    settings = read_settings(path) if tower and path.is_file() else {}
+    clip = "clip" in str(settings.get("model_type", "")).lower()
+    if not settings or clip != (tower == "vision"):                          # none, or another model's
+        return {}
+    settings = settings.get("vision_config", settings) if clip else settings
+    if clip and settings.get("hidden_act", "quick_gelu") != "quick_gelu":
+        raise ValueError(f"{path}: hidden_act is {settings['hidden_act']!r}, but only CLIP with quick_gelu is read")
+    names = {"num_attention_heads": f"{tower}_heads", "layer_norm_eps": f"{tower}_eps"}
+    known = known_fields({ours: settings[name] for name, ours in names.items() if name in settings}, path)
+    return known | ({"fusion_heads": known["text_heads"]} if "fusion_heads" in source.fields and known else {})
 
 
 def read_source(path, every_second=False):
     """A published file, a folder with one, or a checkpoint or export of ours -> Source; its tensors map the file."""
     path = pathlib.Path(path)
-    folder, names = (path, ("model.safetensors", "pytorch_model.bin")) if path.is_dir() else (path.parent, (path.name,))
-    file = next((folder / name for name in names if (folder / name).exists()), path)
-    if file.is_dir():
-        raise ValueError(f"{path} holds neither {' nor '.join(names)}")
+    file = weights_file(path)
     whole = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, mmap=True)
     whole = whole if isinstance(whole, dict) else {}
     inner = [whole[key] for key in ("model", "module", "state_dict") if isinstance(whole.get(key), dict)]
     tensors = (inner or [whole])[0]
     if not tensors or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()):
         raise ValueError(f"{file} holds no state dict, neither bare nor under 'model' or 'module'")
-    spm, settings = folder / "sentencepiece.bpe.model", folder / "config.json"
+    odd = [n for n, t in tensors.items() if t.layout != torch.strided or t.is_complex() or t.is_quantized or t.is_meta]
+    if odd:
+        raise ValueError(f"{file}: {odd[0]} is not a tensor of plain numbers, but sparse, complex, quantized or empty")
+    spm, settings = file.parent / "sentencepiece.bpe.model", file.parent / "config.json"
     tokenizer = spm.read_bytes() if spm.exists() else None
     if "temperature" in tensors and inner:                                   # our own names
         state = read_checkpoint(file, mmap=True)
-        return own_source(path, tensors, state["config"]["model"], state["tokenizer"])
+        source = own_source(path, tensors, state["config"]["model"], state["tokenizer"])
+        lacks = " (without its text fusion encoder: --no-shared_fusion)" * ("text_fusion" in state)
+        return source._replace(title=source.title + lacks)
+    words_of(tokenizer, spm)
+    if "temperature" in tensors:
+        return own_source(path, tensors, known_fields(read_settings(settings), settings), tokenizer)
     try:
-        if "temperature" in tensors:
-            return own_source(path, tensors, dict(json.loads(settings.read_text(encoding="utf-8"))), tokenizer)
-        return translate(tensors, every_second)._replace(tokenizer=tokenizer)
-    except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:        # shapes that no layout has
+        source = translate(tensors, every_second)
+        return source._replace(tokenizer=tokenizer, fields=source.fields | told(source, settings))
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    except (TypeError, IndexError, RuntimeError, AttributeError):
+        raise ValueError(f"{file}: its tensors have names that are known here, but shapes that are not") from None
 
 
-def read_sources(paths, every_second=False):
-    """Several sources as one: a later one replaces parts of earlier ones, see layouts.merge."""
-    source = functools.reduce(merge, [read_source(path, every_second) for path in paths])
+def read_sources(paths, every_second=False, towers=()):
+    """Several sources as one: a later one replaces parts of earlier ones, see layouts.merge. towers: what each must
+    hold, or ""."""
+    sources = [read_source(path, every_second) for path in paths]
+    for one, path, tower in zip(sources, paths, towers):
+        if tower and tower not in map(part, one.weights):
+            raise ValueError(f"--init_{tower} {path}: {one.title} holds no {tower} encoder")
+    source = functools.reduce(merge, sources)
     if every_second and "XLM-R" not in source.title.split(" + "):
         raise ValueError(f"--every_second takes layers of XLM-R, and {source.title} is not one")
-    words, rows = source.tokenizer and data.Tokenizer(source.tokenizer).size, source.fields.get("vocabulary")
+    words, rows = words_of(source.tokenizer, source.title), source.fields.get("vocabulary")
     if words and rows and words != rows:
         raise ValueError(f"{source.title}: the tokenizer beside it has {words:,} words, its table {rows:,}: put the "
                          f"sentencepiece.bpe.model it was trained with into its folder")
     return source
 
 
-def usual(source):
-    """Fields of Config: what a source says, and where it says nothing heads 64 wide and MLPs four times the width."""
+LONGEST = 64                            # tokens of a sentence, where data.Tokenizer cuts it
+
+
+def settled(preset, source, changes, title):
+    """The Config of a source: what it says, and where it says nothing heads 64 wide and MLPs four times the width, then
+    the preset; `changes` win. ValueError names the setting that does not fit."""
+    if "width" not in source.fields:
+        raise ValueError(f"{title}: no encoder in it that is read here, so no width; name a file with one")
     width, towers = source.fields["width"], ("vision", "text", "fusion")
-    return ({f"{t}_heads": max(1, width // 64) for t in towers} | {f"{t}_hidden": 4 * width for t in towers}
-            | source.fields)
+    usual = {f"{t}_heads": max(1, width // 64) for t in towers} | {f"{t}_hidden": 4 * width for t in towers}
+    config = build(preset, **usual | source.fields | known_fields(changes, "the command line"))
+    for tower in towers:
+        heads = getattr(config, f"{tower}_heads")
+        if config.width % heads:
+            raise ValueError(f"{title}: width {config.width} is not a multiple of {heads} heads: choose another "
+                             f"--{tower}_heads")
+    return config
+
+
+def check_positions(config, title):
+    """ValueError when a sentence as long as training and search make it would not fit."""
+    if config.positions - config.offset < LONGEST:
+        raise ValueError(f"{title}: the position table has room for {config.positions - config.offset} tokens, and "
+                         f"sentences here have up to {LONGEST}: a longer one is needed")
 
 
 def initialise(model, source):
@@ -209,17 +186,23 @@ def starting_point(path, state, flags):
     --init_text, else at random weights -> (CCLM, data.Tokenizer, a line about it). flags: the command line as a dict;
     its fields of Config (None: not given) win over the source's, and the source's over the preset's."""
     changes = {field.name: flags[field.name] for field in fields(Config) if flags.get(field.name) is not None}
-    preset, paths = flags["preset"], [flags[name] for name in INITS if flags[name]]
-    given = (lambda: sources.load_tokenizer(flags["tokenizer"])) if flags.get("images") else data.demo_tokenizer
+    preset, named = flags["preset"], [name for name in INITS if flags[name]]
+    paths, own_data = [flags[name] for name in named], bool(flags.get("images"))
+    given = (lambda: sources.load_tokenizer(flags["tokenizer"])) if own_data else data.demo_tokenizer
     if not state and not paths:
+        check_sizes(changes, "the command line")
         tokenizer = given()
-        return CCLM(build(preset, **changes | {"vocabulary": tokenizer.size})), tokenizer, "random weights"
+        config = build(preset, **changes | {"vocabulary": tokenizer.size})
+        check_positions(config, "--positions")
+        return CCLM(config), tokenizer, "random weights"
     source = (own_source(path, state["model"], state["config"]["model"], state["tokenizer"]) if state else
-              read_sources(paths))
-    if not source.tokenizer and not flags.get("images") and "text" in map(part, source.weights):
+              read_sources(paths, towers=[name[5:] for name in named]))
+    if not source.tokenizer and not own_data and "text" in map(part, source.weights):
         raise ValueError(f"{' and '.join(paths)}: no tokenizer; put its sentencepiece.bpe.model into the same folder")
     tokenizer = data.Tokenizer(source.tokenizer) if source.tokenizer else given()
-    model = CCLM(build(preset, **usual(source) | changes | {"vocabulary": tokenizer.size}))
+    config = settled(preset, source, changes | {"vocabulary": tokenizer.size}, source.title)
+    check_positions(config, source.title)
+    model = CCLM(config)
     return model, tokenizer, initialise(model, source)
 
 
@@ -236,7 +219,7 @@ def import_sources(paths, changes=None, every_second=False, allow=()):
     """Published files -> (a checkpoint's dict, the report's lines). What no source says is as in the preset base.
     changes: fields of Config in place of what was read; allow: patterns of names that may be missing or unknown."""
     source = read_sources(paths, every_second)
-    config = build("base", **usual(source) | (changes or {}))
+    config = settled("base", source, changes or {}, source.title)
     with torch.device("meta"):
         model = CCLM(config)
     weights, missing = fit(source, model, allow)
@@ -276,6 +259,9 @@ def export(path, folder):
     """A checkpoint -> folder/{model.safetensors, config.json, sentencepiece.bpe.model, README.md, text_encoder/}."""
     state, folder = read_checkpoint(path, mmap=True), pathlib.Path(folder)
     config = Config(**known_fields(state["config"]["model"], path))
+    if "text_fusion" in state:
+        raise ValueError(f"{path} was trained with --no-shared_fusion: an export has no place for its second fusion "
+                         f"encoder")
     own = {name: t for name, t in state["model"].items() if name != "mlm_head.weight" or not config.tied}
     parts = (folder, asdict(config), own), (folder / "text_encoder", *text_encoder(own, config))
     for place, settings, tensors in parts:
@@ -285,7 +271,8 @@ def export(path, folder):
         if state["tokenizer"]:
             (place / "sentencepiece.bpe.model").write_bytes(state["tokenizer"])
     start = " + ".join(filter(None, map(state["config"]["train"].get, INITS))) or "random weights"
-    (folder / "README.md").write_text(CARD.format(sum(t.numel() for t in own.values()), state["step"], start, config))
+    settings = "\n".join(f"- {name}: {value}" for name, value in asdict(config).items())
+    (folder / "README.md").write_text(CARD.format(sum(t.numel() for t in own.values()), state["step"], start, settings))
 
 
 CARD = """# A CCLM model
@@ -303,6 +290,14 @@ Image-text and text-text retrieval in many languages (Cross-View Language Modeli
 SIZES = ("vision_heads", "text_heads", "fusion_heads", "image_size")
 
 
+def check_out(out):
+    """ValueError, before anything is read, where no checkpoint can be written."""
+    taken = [folder for folder in out.parents if folder.exists() and not folder.is_dir()]
+    if taken or not out.name or out.exists() and not out.is_file():
+        raise ValueError(f"--out {taken[0]} is no folder" if taken else
+                         f"--out {out} is not a file: name the checkpoint to write, as in --out ckpt.pt")
+
+
 def main(argv=None):
     """-> exit status: 0, or 2 after one line about what was wrong with the input."""
     parser = data.Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -315,15 +310,19 @@ def main(argv=None):
         parser.add_argument("--" + name, type=int, help="import: (default: as in the source)")
     args = parser.parse_intermixed_args(argv)
     command, *rest = args.words or ["out/ckpt.pt"]
+    changes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    flags = [f"--{name}" for name, value in vars(args).items() if name != "words" and value not in (None, False, [])]
     try:
-        if command == "import" and rest and args.out:
-            changes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-            if any(value < 1 for value in changes.values()):
-                raise ValueError(f"{', '.join('--' + name for name in SIZES)} must be at least 1")
+        if command == "import" and rest and args.out is not None:
+            check_sizes({f"--{name}": value for name, value in changes.items()}, "import")
+            check_out(args.out)
             state, lines = import_sources(rest, changes, args.every_second, args.allow_missing)
+            check_positions(Config(**state["config"]["model"]), " and ".join(rest))
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(args.out, state)
             print(*lines, f"wrote {args.out}", sep="\n")
+        elif command != "import" and flags:
+            raise ValueError(f"{', '.join(flags)}: only for weights.py import")
         elif command == "export" and len(rest) == 2:
             export(*rest)
             print(f"wrote {rest[1]}")

@@ -33,7 +33,12 @@ def embeddings(name, d, vocabulary):
     return made | norm(f"{name}.LayerNorm", d)
 
 
-def beit(name, d, layers, heads):
+def beit(name, d, layers, heads, pretrained=False):
+    """pretrained: as BEiT-2's pre-training leaves it, with a norm in place of fc_norm, and its own head and layers."""
+    if pretrained:
+        made = {k: t for k, t in beit(name, d, layers, heads).items() if "fc_norm" not in k} | norm(f"{name}norm", d)
+        return made | {f"{name}mask_token": zeros(1, 1, d)} | linear(f"{name}lm_head", 90, d) | linear(
+            f"{name}cls_pt_layers.0.mlp.fc1", 4 * d, d)
     made = {f"{name}cls_token": zeros(1, 1, d), f"{name}patch_embed.proj.weight": zeros(d, 3, 16, 16),
             f"{name}patch_embed.proj.bias": zeros(d)} | norm(f"{name}fc_norm", d)
     for b in range(layers):
@@ -45,6 +50,21 @@ def beit(name, d, layers, heads):
         made |= linear(f"{p}.mlp.fc1", 4 * d, d) | linear(f"{p}.mlp.fc2", d, 4 * d)
         made |= norm(f"{p}.norm1", d) | norm(f"{p}.norm2", d)
     return made
+
+
+def clip(d=64, layers=1, grid=4, prefix="vision_model."):
+    made = {f"{prefix}embeddings.class_embedding": zeros(d),
+            f"{prefix}embeddings.patch_embedding.weight": zeros(d, 3, 16, 16),
+            f"{prefix}embeddings.position_ids": torch.arange(grid ** 2 + 1)[None],
+            f"{prefix}embeddings.position_embedding.weight": zeros(grid ** 2 + 1, d)}
+    made |= norm(f"{prefix}pre_layrnorm", d) | norm(f"{prefix}post_layernorm", d)
+    for n in range(layers):
+        p = f"{prefix}encoder.layers.{n}"
+        for x in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            made |= linear(f"{p}.self_attn.{x}", d, d)
+        made |= norm(f"{p}.layer_norm1", d) | norm(f"{p}.layer_norm2", d)
+        made |= linear(f"{p}.mlp.fc1", 4 * d, d) | linear(f"{p}.mlp.fc2", d, 4 * d)
+    return random(made)
 
 
 def x2vlm(d, layers, vocabulary=250002):
@@ -65,6 +85,11 @@ def x2vlm(d, layers, vocabulary=250002):
 
 def random(tensors):
     return {name: torch.randn(t.shape) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def lm_head(vocabulary=100, d=64):
+    made = linear("lm_head.dense", d, d) | norm("lm_head.layer_norm", d) | {"lm_head.bias": zeros(vocabulary)}
+    return random(made | {"lm_head.decoder.weight": zeros(vocabulary, d)})
 
 
 def xlmr(d=64, layers=4, vocabulary=100, prefix="roberta."):

@@ -119,7 +119,7 @@ def test_image_text_gives_the_official_numbers(name, dtype):
         assert error(losses[ours], expected["loss"][theirs]) < near, ours
     losses["loss"].backward()
     errors = gradient_errors(model, name, expected, dtype)
-    assert len(errors) >= 130 and max(errors.values()) < far, max(errors, key=errors.get)
+    assert len(errors) >= 130 and all(e < far for e in errors.values()), max(errors, key=errors.get)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -144,7 +144,7 @@ def test_parallel_text_gives_the_official_numbers(name, dtype):
         assert error(got, expected["loss"][theirs]) < near, theirs
     (first["loss"] + second["loss"]).backward()
     errors = gradient_errors(model, name, expected, dtype)
-    assert len(errors) >= 90 and max(errors.values()) < far, max(errors, key=errors.get)
+    assert len(errors) >= 90 and all(e < far for e in errors.values()), max(errors, key=errors.get)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -165,4 +165,4 @@ def test_retrieval_fine_tuning_gives_the_official_numbers(dtype):
         assert error(losses[ours], expected["loss"][theirs]) < 1e-5, ours
     losses["loss"].backward()
     errors = gradient_errors(model, "retrieval", expected, torch.float32)
-    assert len(errors) >= 160 and max(errors.values()) < 1e-4, max(errors, key=errors.get)
+    assert len(errors) >= 160 and all(e < 1e-4 for e in errors.values()), max(errors, key=errors.get)

@@ -1,5 +1,4 @@
-"""Files: what is read, what is refused in one line, what train.py starts from, and that an export is the model it came
-from."""
+"""Files: what is read, what is refused, what train.py starts from, and that an export is the model it came from."""
 import argparse
 import json
 import os
@@ -10,6 +9,7 @@ import torch
 
 import data
 import evaluate
+import files
 import train
 import weights
 from model import CCLM, Config, build
@@ -73,7 +73,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_safetensors_keep_every_dtype_and_shape(tmp_path):
-    tensors = {str(dtype): (torch.arange(6) % 2).to(dtype).view(2, 3) for dtype in weights.DTYPES.values()}
+    tensors = {str(dtype): (torch.arange(6) % 2).to(dtype).view(2, 3) for dtype in files.DTYPES.values()}
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "strided": torch.arange(12.0).view(3, 4).T}
     weights.write_safetensors(tmp_path / "a.safetensors", tensors)
     back = weights.read_safetensors(tmp_path / "a.safetensors")
@@ -87,7 +87,7 @@ def test_safetensors_keep_every_dtype_and_shape(tmp_path):
 
 @pytest.mark.parametrize("kind", ["new", "old", "half", "safetensors"])
 def test_all_formats_of_one_encoder_give_one_import(tmp_path, kind):
-    """torch's two formats, 16-bit numbers (become fp32), safetensors, with and without the prefix roberta."""
+    """torch's two formats, 16-bit numbers (become fp32), safetensors; with and without the prefix roberta."""
     tensors = xlmr(64, 1)
     tensors = {name: t.half().float() if t.is_floating_point() else t for name, t in tensors.items()}
     bare = {name.removeprefix("roberta."): t for name, t in tensors.items()}
