@@ -514,13 +514,13 @@ def main(argv=None):
         else:
             finish(args, device, run, train(args, device, run))
         status = 0
-    except (ValueError, OSError) as error:
-        status = print("error:", " ".join(str(error).split()), file=sys.stderr) or 2
-    except RuntimeError as error:                                            # torch's words for a process that died
+    except (RuntimeError, ConnectionError) as error:                         # torch's words for a process that died
         if not re.search("(?i)dataloader worker|closed by peer|reset by peer|broken pipe|timed out|nccl", str(error)):
             raise
         status = print(f"error: another process of this run died ({' '.join(str(error).split())[:160]}); the same "
                        f"command continues from {args.out}/ckpt.pt", file=sys.stderr) or 2
+    except (ValueError, OSError) as error:
+        status = print("error:", " ".join(str(error).split()), file=sys.stderr) or 2
     if dist.is_initialized():
         if not status:
             dist.barrier()
