@@ -44,6 +44,12 @@ class Arguments(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists what there is)\n")
 
 
+def refused(error):
+    """Says in one line what was wrong -> exit status 2."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 # ------------------------------------------------------------------------------------------------------------------

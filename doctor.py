@@ -166,5 +166,4 @@ def main(argv=None):
     try:
         return (tokenizer_command if training else doctor)(args)
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return data.refused(error)

@@ -388,8 +388,7 @@ def main(argv=None):
             raise ValueError(f"{target} cannot be written")                  # said before the work, not after it
         args.run(args, "cuda" if torch.cuda.is_available() else "cpu")
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return data.refused(error)
     return 0
 
 

@@ -57,8 +57,6 @@ from weights import read_checkpoint, starting_point, write_checkpoint
 
 FREE = {"out", "stop_after", "save_every", "log_every", "keep", "fresh", "eval", "explain", "workers", "compile",
         "cache"}
-
-
 AT_LEAST_1 = ("steps", "batch", "text_batch", "log_every", "save_every", "chunk", "stop_after")
 LIMITS = {**dict.fromkeys(AT_LEAST_1, (1, math.inf)), "seed": (0, 2 ** 40), "mask_probability": (0, 1),
           "keywords": (0, 1), "dropout": (0, 0.999), "lr": (1e-12, 1e6), "clip": (1e-12, 1e12)}      # others: from 0
@@ -125,10 +123,9 @@ def settings(argv=None):
 
 
 def check(args):
-    """ValueError on values that cannot work; the model's own checks follow when it is built."""
-    sizes = {field.name for field in fields(Config) if field.type is int and field.name != "offset"}
+    """ValueError on values that cannot work; weights.starting_point checks the sizes of the model."""
     for name, value in vars(args).items():
-        low, high = LIMITS.get(name, (int(name in sizes), math.inf))
+        low, high = LIMITS.get(name, (0, math.inf))
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise ValueError(f"--{name} {value} must be at least {low}" + f" and at most {high:g}" * (high < math.inf))
     if pathlib.Path(args.out).is_file():
@@ -242,7 +239,7 @@ def stem_flops(patches, size):
 
 def step_flops(objective, images, words, fused, rows, hidden):
     """FLOPs of a step, forward and backward: of convolutions, and 6 per weight and token of everything linear. Products
-    of attention are left out (a few %: of the demo, 7)."""
+    of attention are left out (a few %)."""
     m, size = objective.model, lambda module: sum(p.numel() for p in module.parameters() if p.ndim >= 2)
     last, patches = size(m.fusion.layers[-1]), (m.config.image_size // m.config.patch_size) ** 2
     return images * stem_flops(m.vision.patches, m.config.image_size) + 6 * (
@@ -346,11 +343,11 @@ def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopp
         nn.utils.clip_grads_with_norm_(objective.parameters(), args.clip, norms["all"])
         optimizer.step()
     names = [(s, n) for s in ("image", "text") if s in losses for n in ("contrast", "match", "mask")]
-    values = total(torch.stack([losses["loss"]] + [losses[s][n] for s, n in names])) / world()[1]
-    bad, cut = total(torch.tensor(told[:2], device=values.device)).tolist()
-    row = {"step": step + 1, "lr": args.lr * factor, "loss": values[0].item(), "bad_records": bad, "cut": cut,
+    values = torch.stack([losses["loss"]] + [losses[s][n] for s, n in names]) / world()[1]
+    *values, bad, cut = total(torch.cat([values, values.new_tensor(told[:2])])).tolist()       # one all-reduce
+    row = {"step": step + 1, "lr": args.lr * factor, "loss": values[0], "bad_records": int(bad), "cut": int(cut),
            "temperature": objective.model.temperature.item(),
-           **{f"{s}_{n}": v for (s, n), v in zip(names, values[1:].tolist())},
+           **{f"{s}_{n}": v for (s, n), v in zip(names, values[1:])},
            **{f"norm_{k}": v.item() for k, v in norms.items()}}
     return row, bool(skipped), bool(stop), bool(spoiled)
 
@@ -517,10 +514,10 @@ def main(argv=None):
     except (RuntimeError, ConnectionError) as error:                         # torch's words for a process that died
         if not re.search("(?i)dataloader worker|closed by peer|reset by peer|broken pipe|timed out|nccl", str(error)):
             raise
-        status = print(f"error: another process of this run died ({' '.join(str(error).split())[:160]}); the same "
-                       f"command continues from {args.out}/ckpt.pt", file=sys.stderr) or 2
+        status = data.refused(f"another process of this run died ({' '.join(str(error).split())[:160]}); the same "
+                              f"command continues from {args.out}/ckpt.pt")
     except (ValueError, OSError) as error:
-        status = print("error:", " ".join(str(error).split()), file=sys.stderr) or 2
+        status = data.refused(error)
     if dist.is_initialized():
         if not status:
             dist.barrier()

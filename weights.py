@@ -130,11 +130,11 @@ def read_source(path, every_second=False):
 def read_sources(paths, every_second=False, towers=()):
     """Several sources as one: a later one replaces parts of earlier ones, see layouts.merge. towers: what each must
     hold, or ""."""
-    sources = [read_source(path, every_second) for path in paths]
-    for one, path, tower in zip(sources, paths, towers):
+    found = [read_source(path, every_second) for path in paths]
+    for one, path, tower in zip(found, paths, towers):
         if tower and tower not in map(part, one.weights):
             raise ValueError(f"--init_{tower} {path}: {one.title} holds no {tower} encoder")
-    source = functools.reduce(merge, sources)
+    source = functools.reduce(merge, found)
     if every_second and "XLM-R" not in source.title.split(" + "):
         raise ValueError(f"--every_second takes layers of XLM-R, and {source.title} is not one")
     words, rows = words_of(source.tokenizer, source.title), source.fields.get("vocabulary")
@@ -333,8 +333,7 @@ def main(argv=None):
             print(f"step {state['step']}, {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary "
                   f"{model.config.vocabulary:,}", *(f"  {k:16}{v}" for k, v in asdict(model.config).items()), sep="\n")
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return data.refused(error)
     return 0
 
 

@@ -80,7 +80,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, capsys, tokenizer):
                                          (["--lr", "nan"], "--lr nan"), (["--clip", "-1"], "--clip -1"),
                                          (["--mask_probability", "2"], "at most 1"), (["--seed", "-1"], "--seed"),
                                          (["--stop_after", "0"], "--stop_after 0"), (["--scenes", "-1"], "--scenes"),
-                                         (["--text_layers", "0"], "--text_layers"), (["--width", "100"], "100")])
+                                         (["--text_layers", "0"], "text_layers is 0"), (["--width", "100"], "100")])
 def test_settings_that_cannot_work_are_refused(tmp_path, capsys, flags, said):
     refused(capsys, lambda: train.main(["--out", str(tmp_path), *flags]), said)
 
