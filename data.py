@@ -90,6 +90,7 @@ def train_tokenizer(texts, vocabulary):
     return Tokenizer(out.getvalue())
 
 
+@functools.cache
 def demo_tokenizer(vocabulary=8000):
     """Trained on what the demo trains on: names and keywords of training concepts in the 21 training languages."""
     trained = emoji.languages("seen") + emoji.languages("text_only")

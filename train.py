@@ -165,6 +165,7 @@ def precision(device):
     return torch.float32, "this CPU has neither amx_bf16 nor avx512_bf16"
 
 
+@functools.cache
 def peak_flops(device):
     """What this device's matrix product reaches in the training precision, measured: 2048^3, best of five -> FLOP/s."""
     dtype, best = precision(device)[0], float("inf")

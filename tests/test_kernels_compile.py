@@ -30,25 +30,22 @@ for K in (16, 8):
 """
 
 
-def child(*command, cache):
-    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = str(ROOT)
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+EXTENT = () if os.environ.get("KERNELS_FULL") else ("--quick",)
 
 
-def test_kernels_compile_without_spills_and_use_tensor_cores(tmp_path):
-    full = bool(os.environ.get("KERNELS_FULL"))
-    extent = () if full else ("--quick",)
-    run = child("-m", "kernels.bench", "--only", "resources", *extent, cache=tmp_path)
-    print(run.stdout)
-    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
-    rows = [line for line in run.stdout.splitlines() if line.startswith(("| attention", "| contrast"))]
+@pytest.mark.ahead("-m", "kernels.bench", "--only", "resources", *EXTENT, TRITON_INTERPRET="0")
+def test_kernels_compile_without_spills_and_use_tensor_cores(ahead):
+    status, said = ahead()
+    print(said)
+    assert status == 0, said
+    rows = [line for line in said.splitlines() if line.startswith(("| attention", "| contrast"))]
     assert len(rows) >= 13 and "!" not in "".join(rows)
 
 
 def test_a_product_too_small_for_tensor_cores_is_refused(tmp_path):
     """The interpreter would take it: this is why compiling is a test."""
     (tmp_path / "bad.py").write_text(BAD)
-    run = child(str(tmp_path / "bad.py"), cache=tmp_path / "cache")
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, tmp_path / "bad.py"], env=env, capture_output=True, text=True)
     lines = run.stdout.splitlines()
     assert int(lines[0].split()[1]) > 0 and lines[1].startswith("8 refused"), run.stdout + run.stderr[-2000:]

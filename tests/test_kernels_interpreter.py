@@ -23,8 +23,11 @@ def python(*command, interpret):
     return child.stdout
 
 
-def test_the_kernels_pass_their_tests_in_the_interpreter():
-    said = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_numbers.py", interpret=True)
+@pytest.mark.ahead("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_numbers.py",
+                   TRITON_INTERPRET="1")
+def test_the_kernels_pass_their_tests_in_the_interpreter(ahead):
+    status, said = ahead()
+    assert status == 0, said[-6000:]
     assert int(re.search(r"(\d+) passed", said)[1]) >= 32 and "skipped" not in said
 
 

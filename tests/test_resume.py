@@ -16,6 +16,9 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train                                                                 # noqa: E402
 TINY = ("--steps 14 --save_every 3 --log_every 1 --batch 8 --text_batch 8 --width 32 --vision_hidden 64 "
         "--text_hidden 64 --fusion_hidden 64 --vision_layers 1 --dropout 0.1 --no-eval").split()
 NOT_BITWISE = {"seconds", "images_per_s", "sentences_per_s", "utilisation", "memory_mb"}
@@ -37,6 +40,11 @@ def finish(out, processes=1, *more):
     text = run.communicate(timeout=300)[0]
     assert run.returncode == 0, text[-3000:]
     return text
+
+
+def here(out, *more):
+    """A run in this process: what a child takes to start is most of a short run."""
+    return train.main(["--out", str(out), *TINY, *more])
 
 
 def steps_done(out):
@@ -76,14 +84,13 @@ def same(a, b):
 def whole(tmp_path_factory):
     """An uninterrupted run of one process."""
     out = tmp_path_factory.mktemp("whole")
-    finish(out)
+    assert here(out) == 0
     return out
 
 
 def test_a_killed_run_resumes_bitwise(tmp_path, whole):
     kill_after(tmp_path, 8)
-    assert steps_done(tmp_path) < 14
-    finish(tmp_path)
+    assert steps_done(tmp_path) < 14 and here(tmp_path) == 0
     same(tmp_path, whole)
 
 
@@ -97,34 +104,32 @@ def test_two_killed_processes_resume_bitwise(tmp_path):
 
 def test_n_plus_n_steps_equal_two_n(tmp_path, whole):
     """--stop_after stops inside the same schedule; the command without it goes on; a finished run trains no more."""
-    finish(tmp_path, 1, "--stop_after", "7")
-    assert steps_done(tmp_path) == 7
-    finish(tmp_path)
+    assert here(tmp_path, "--stop_after", "7") == 0 and steps_done(tmp_path) == 7
+    assert here(tmp_path) == 0
     same(tmp_path, whole)
     before = (tmp_path / "ckpt.pt").read_bytes()
-    finish(tmp_path)
-    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert here(tmp_path) == 0 and (tmp_path / "ckpt.pt").read_bytes() == before
 
 
 def test_sigterm_saves_and_exits_with_status_0(tmp_path, whole):
     assert kill_after(tmp_path, 4, with_signal=signal.SIGTERM) == 0
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
     assert 4 <= saved < 14 and saved == steps_done(tmp_path)
-    finish(tmp_path)
+    assert here(tmp_path) == 0
     same(tmp_path, whole)
 
 
-def test_other_settings_are_refused_and_fresh_starts_over(tmp_path, whole):
-    finish(tmp_path, 1, "--stop_after", "3")
-    run = start(tmp_path, 1, "--lr", "0.5")
-    text = run.communicate(timeout=120)[0]
-    assert run.returncode == 2 and len(text.strip().splitlines()) == 1 and "--lr" in text
-    finish(tmp_path, 1, "--fresh")
+def test_other_settings_are_refused_and_fresh_starts_over(tmp_path, whole, capsys):
+    assert here(tmp_path, "--stop_after", "3") == 0
+    assert here(tmp_path, "--lr", "0.5") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "--lr" in said[0]
+    assert here(tmp_path, "--fresh") == 0
     same(tmp_path, whole)
 
 
 def test_kept_checkpoints_are_those_before_the_last(tmp_path):
-    finish(tmp_path, 1, "--keep", "2")
+    assert here(tmp_path, "--keep", "2") == 0
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["ckpt.pt", "ckpt_12.pt", "ckpt_9.pt"]
 
 
