@@ -45,8 +45,9 @@ class Arguments(argparse.ArgumentParser):
 
 
 def refused(error):
-    """Says in one line what was wrong -> exit status 2."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    """Says in one line what was wrong -> exit status 2. A worker's error brings its traceback: the last line of it."""
+    text = str(error).strip()
+    print("error:", *(text.splitlines()[-1] if "\nOriginal Traceback" in text else text).split(), file=sys.stderr)
     return 2
 
 
@@ -147,9 +148,16 @@ def train_image(image, size, rng, scale=(0.2, 1.0), flip=True):
     return rand_augment(small.flip(2) if flip and rng.random() < 0.5 else small, rng).numpy()
 
 
+def rgb(image):
+    """Pillow's convert("RGB"), but 16 bits of grey are scaled: convert clips them, nearly all to white."""
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda grey: grey / 256).convert("L")
+    return image if image.mode == "RGB" else image.convert("RGB")            # convert copies even where nothing changes
+
+
 def resize(image, size):
     """-> uint8 tensor (3, size, size): Pillow's antialiased bicubic in torch, several times as fast, at most 1 away."""
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = rgb(image)
     rows = np.frombuffer(bytearray(image.tobytes()), np.uint8).reshape(1, image.height, image.width, 3)
     rows = torch.from_numpy(rows.transpose(0, 3, 1, 2))
     return F.interpolate(rows, (size, size), mode="bicubic", antialias=True)[0].contiguous()
@@ -161,8 +169,7 @@ def test_image(image, size):
 
 
 def pixels(image):
-    image = image if image.mode == "RGB" else image.convert("RGB")           # convert copies even where nothing changes
-    return np.asarray(image).transpose(2, 0, 1)                              # (size, size, 3) -> (3, size, size)
+    return np.asarray(rgb(image)).transpose(2, 0, 1)                         # (size, size, 3) -> (3, size, size)
 
 
 def normalise(images):
@@ -415,6 +422,7 @@ class Batches(torch.utils.data.Dataset):
 if __name__ == "__main__":
     if sys.argv[1:]:
         import doctor                                                        # it stands above this file
+        sys.stdout.reconfigure(errors="backslashreplace")                    # a name or caption in any bytes
         sys.exit(doctor.main())
     tokenizer = demo_tokenizer()
     image, pair = Batches(tokenizer, DemoImages(), DemoParallel(), 2, 2, seed=0)[0]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 import sources
-from records import BROKEN, ImageLines, Tar, identity, undecoded, reason
+from records import BROKEN, identity, undecoded, reason
 
 
 class Findings:
@@ -26,7 +26,7 @@ class Findings:
 
     def __init__(self, readers, tokenizer, longest=64):
         self.readers, self.tokenizer, self.longest = readers, tokenizer, longest
-        self.pairs = not isinstance(readers[0], (Tar, ImageLines))
+        self.pairs = not readers[0].images
         self.spoken, self.per_record, self.lengths, self.formats = (collections.Counter() for _ in range(4))
         self.things, self.texts = array.array("q"), array.array("q")
         self.broken, self.first_broken, self.good, self.top, self.samples = 0, [], 0, [], []
@@ -39,9 +39,9 @@ class Findings:
                 raise ValueError(f"one language only ({' '.join(said)}), not two")
             if not self.pairs:
                 with undecoded(thing) as image:
-                    self.formats[image.format] += 1
                     image.draft("RGB", (1, 1))                               # an eighth of the rows and columns: faster
                     image.load()
+                    self.formats[image.format] += 1
             self.add(reader.where(i), thing, [(k, text) for k, group in said.items() for text in group], rng)
         except BROKEN as error:
             self.broken += 1
@@ -60,7 +60,8 @@ class Findings:
             if len(self.top) < 10 or size > self.top[0][0]:
                 (heapq.heappushpop if len(self.top) == 10 else heapq.heappush)(self.top, (size, where, language, text))
         place = len(self.samples) if len(self.samples) < 3 else int(rng.integers(self.good))     # all equally likely
-        self.samples[place:place + 1] = [(where, texts)] * (place < 3)
+        if place < 3:
+            self.samples[place:place + 1] = [(where, texts)]
 
     def report(self, name):
         size = sum(reader.size for reader in self.readers)
@@ -110,7 +111,7 @@ def doctor(args):
     for argument, files, names, _ in sources.parse_all(args.paths):
         readers = sources.open_readers(files, names, None, None, args.cache, args.image_root)
         for kind in (True, False):                                           # a folder may hold both
-            part = [r for r in readers if isinstance(r, (Tar, ImageLines)) == kind]
+            part = [r for r in readers if r.images == kind]
             if part:
                 found = Findings(part, tokenizer)
                 every = ((reader, i) for reader in part for i in range(len(reader)))

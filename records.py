@@ -7,8 +7,8 @@
     Columns      two columns with a tab between; or three, WikiMatrix's score first
     PlainText    NAME.en NAME.de ...: line i says the same in each
 
-record(i) -> (what identifies it: bytes, or the path of an image; {language: [texts]}), or an exception of BROKEN. One
-fast pass notes where each record starts. The notes, 8 bytes a line, lie in .FILE.index (or in the cache folder) and are
+record(i) -> (bytes of the image, or what identifies a pair; {language: [texts]}), or an exception of BROKEN. One fast
+pass notes where each record starts. The notes, 8 bytes a line, lie in .FILE.index (or in the cache folder) and are
 read like the records, a few bytes at an offset: neither a million records nor a thousand shards cost memory.
 """
 import base64
@@ -48,11 +48,11 @@ class BadRecord(Exception):
 # The index: where records start
 # ------------------------------------------------------------------------------------------------------------------
 
-VERSION = 0x314D4C4343                                                       # also tells an index from another file
+VERSION = 0x324D4C4343                                                       # also tells an index from another file
 
 
 @functools.lru_cache(64)                                                     # a process may open about a thousand files
-def opened(path, size=None, time=None):
+def opened(path, size=None, time=None, version=None):
     """A file, for os.pread; OSError when it is no longer the one that was indexed. A deleted one is readable while it
     is open."""
     file = open(path, "rb", buffering=0)
@@ -72,7 +72,7 @@ class Index:
         return self.length
 
     def read(self, start, count):
-        file = opened(self.place, None, tuple(self.stamp))                   # the stamp: not the index before this one
+        file = opened(self.place, version=tuple(self.stamp))                 # the stamp: not the index before this one
         return struct.unpack(f"{count}q", os.pread(file.fileno(), 8 * count, 8 * (4 + start)))
 
 
@@ -114,10 +114,12 @@ def write_index(file, scan, place, head):
             out.seek(24)
             np.array([count]).tofile(out)
         os.replace(beside, place)
-    except OSError as error:
-        with contextlib.suppress(OSError):
+    except OSError as error:                                                 # numpy tells a full disk without strerror
+        raise ValueError(f"index {place} cannot be written ({error.strerror or error}): name a folder with --cache"
+                         ) from None
+    finally:
+        with contextlib.suppress(OSError):                                   # there only when something failed
             os.unlink(beside)
-        raise ValueError(f"index {place} cannot be written ({error.strerror}): name a folder with --cache") from None
 
 
 def scan_lines(file, size):
@@ -154,7 +156,7 @@ def header(head):
     name = head[:100].split(b"\0", 1)[0]
     if head[257:263] == b"ustar\0" and head[345]:                            # GNU's own form has other things there
         name = head[345:500].split(b"\0", 1)[0] + b"/" + name
-    return Member(name.decode("utf-8", "surrogateescape"), size, head[156:157])
+    return Member(name.decode("utf-8", "surrogateescape"), size, head[156:157]) if 0 <= size < 1 << 62 else None
 
 
 def members(file, size):
@@ -169,7 +171,7 @@ def members(file, size):
         if info is None:                                                     # the next header may be whole
             if not hurt:
                 yield at, None
-            hurt = True
+            name, hurt = None, True
             continue
         hurt = False
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):         # the next member's long name
@@ -208,7 +210,8 @@ def scan_tar(file, size):
         kind = "." + kind.lower()
         if info.type == tarfile.DIRTYPE or kind not in (*SUFFIXES, ".json", ".txt"):
             continue
-        if key not in (None, (folder, stem)):
+        again = row[1] != -1 if kind in SUFFIXES else row[3] != -1 and row[4] == (kind == ".json")
+        if key not in (None, (folder, stem)) or again:                       # a KEY twice: two records
             close()
             row, hurt = list(NOTHING), False
         key = folder, stem
@@ -225,19 +228,20 @@ def scan_tar(file, size):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Readers: record(i) -> (what identifies it: bytes, or the path of an image; {language: [texts]})
+# Readers: record(i) -> (bytes of the image, or what identifies a pair; {language: [texts]})
 # ------------------------------------------------------------------------------------------------------------------
 
 class Reader:
     """A file and its index. names: the languages of texts that come without one."""
-    scan = staticmethod(scan_lines)
+    scan, images = staticmethod(scan_lines), False
 
     def __init__(self, path, names=(), cache=None, root=None):
         self.path, self.root = path, os.path.abspath(root or os.path.dirname(path))
         inferred = re.fullmatch(r"(?:.*[._])?([a-z]{2,3})-([a-z]{2,3})\.\w+", os.path.basename(path))
         self.names = names or (inferred.groups() if inferred else ())
-        if path.endswith((".gz", ".zip", ".tgz", ".xz", ".zst", ".bz2")):
-            raise ValueError(f"{path} is compressed: unpack it first, records are read by offset")
+        with open(path, "rb") as file:
+            if file.read(4).startswith((b"\x1f\x8b", b"PK\3\4", b"BZh", b"\xfd7zX", b"(\xb5/\xfd")):
+                raise ValueError(f"{path} is compressed: unpack it first, records are read by offset")
         self.index = indexed(path, self.scan, cache)
         self.size = self.index.stamp[0]                                      # bytes
 
@@ -254,7 +258,7 @@ class Reader:
 
     def line(self, i):
         start, end = self.index.read(i, 2)
-        return self.read(start, end - start)
+        return self.read(start, end - start).partition(b"\n")[0]             # the last: without blank lines after it
 
     def where(self, i):
         return f"{self.path} line {i + 1}"
@@ -270,7 +274,7 @@ class Reader:
 
 
 class Tar(Reader):
-    scan = staticmethod(scan_tar)
+    scan, images = staticmethod(scan_tar), True
 
     def __len__(self):
         return len(self.index) // 5
@@ -280,23 +284,25 @@ class Tar(Reader):
 
     def part(self, start, length, what):
         if length < 0:
-            raise ValueError(f"no {what} with this name, or its header is broken" if length == -1 else
-                             f"the {what} is a link or its name leads outside the archive: refused")
+            raise ValueError(f"the {what} is a link or its name leads outside the archive: refused" if length == -2 else
+                             f"no {what} next to it (tar --sort=name keeps a KEY together), or its header is broken")
         return self.read(start, length)
 
     def record(self, i):
         image, size, text, length, is_json = self.index.read(5 * i, 5)
-        return self.part(image, size, "image"), self.said(text, length, is_json)
+        return self.part(image, size, "image"), self.captions(text, length, is_json)
 
-    def said(self, text, length, is_json):
+    def captions(self, text, length, is_json):
         raw = self.part(text, length, "caption")
-        return captions(pick(json.loads(raw), CAPTION_KEYS) if is_json else raw.decode(), self.names)
+        return captions(pick(json.loads(raw), CAPTION_KEYS) if is_json else raw.decode("utf-8-sig").strip(), self.names)
 
     def texts(self, i):                                                      # without reading the image
-        return self.said(*self.index.read(5 * i + 2, 3))
+        return self.captions(*self.index.read(5 * i + 2, 3))
 
 
 class ImageLines(Reader):
+    images = True
+
     def record(self, i):
         row = self.json(i)
         return self.image(pick(row, IMAGE_KEYS)), captions(pick(row, CAPTION_KEYS), self.names)
@@ -304,21 +310,21 @@ class ImageLines(Reader):
     def texts(self, i):
         return captions(pick(self.json(i), CAPTION_KEYS), self.names)
 
-    def image(self, said):
-        """Bytes of an image in base64, or the path of one that does not lead out of its folder."""
-        if not isinstance(said, str) or not said:
-            raise ValueError(f"the image is {kind(said)}, not a path or base64")
+    def image(self, field):
+        """Bytes of an image in base64, or of a file whose path does not lead out of its folder."""
+        if not isinstance(field, str) or not field:
+            raise ValueError(f"the image is {kind(field)}, not a path or base64")
         start = b""
         with contextlib.suppress(ValueError):                                # not even the start is base64: a path
-            start = base64.b64decode(said[:24], validate=True)
+            start = base64.b64decode(field[:24], validate=True)
         if start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")) or start[8:12] == b"WEBP":
-            return base64.b64decode(said.strip(), validate=True)
-        path = os.path.normpath(os.path.join(self.root, said))
+            return base64.b64decode("".join(field.split()), validate=True)     # MIME breaks its lines
+        path = os.path.normpath(os.path.join(self.root, field))
         if not path.startswith(os.path.join(self.root, "")):
-            raise ValueError(f"refused: image {said[-60:]} lies outside {self.root}; --image_root names its folder")
+            raise ValueError(f"refused: image {field[-60:]} lies outside {self.root}; --image_root names its folder")
         if not os.path.isfile(path):
             raise ValueError(f"no such image {path[-80:]}")
-        return pathlib.Path(path)
+        return pathlib.Path(path).read_bytes()
 
 
 class PairLines(Reader):
@@ -377,12 +383,13 @@ def two(texts, names):
 
 def captions(value, names):
     """Captions in any accepted shape -> {language: [texts]}. ValueError on an empty one or another type."""
-    said, unnamed = {}, names[0] if names else "unknown"
+    said, unnamed = {}, names[0] if len(names) == 1 else "unknown"          # my-set.jsonl has no languages my and set
     for part in value if isinstance(value, list) else [value]:
         for language, texts in (part if isinstance(part, dict) else {unnamed: part}).items():
             for text in texts if isinstance(texts, list) and isinstance(part, dict) else [texts]:
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"a text in {language} is " + ("empty" if isinstance(text, str) else kind(text)))
+                f"{language} {text}".encode()                                # ValueError on half a surrogate pair
                 said.setdefault(language, []).append(text)
     if not said:
         raise ValueError("no text")
@@ -394,14 +401,12 @@ def undecoded(picture):
     return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS)
 
 
-def identity(thing):
+def identity(raw):
     """One int64, equal for equal images or pairs: those are no wrong partners of each other."""
-    raw = thing if isinstance(thing, bytes) else os.fsencode(thing)
     return int.from_bytes(hashlib.sha1(raw).digest()[:8], "little", signed=True)
 
 
 def reason(error):
     """One short line."""
     text = f"no field {error}" if isinstance(error, KeyError) else re.sub("<_io[^>]*>", "", str(error))
-    text = " ".join(text.split())
-    return (text or type(error).__name__)[:240]
+    return (" ".join(text.split()) or type(error).__name__)[:240].encode("utf-8", "backslashreplace").decode()

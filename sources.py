@@ -29,16 +29,19 @@ from records import (BROKEN, IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, 
 # Arguments -> readers
 # ------------------------------------------------------------------------------------------------------------------
 
+LINES = ("", ".jsonl", ".json")
+NAMED = (*LINES, ".tar", ".tsv")                              # any other suffix names the language of plain text
+
+
 def parse(argument):
     """FILE|FOLDER|GLOB[@LANGUAGE[,LANGUAGE]][=WEIGHT] -> (files, languages, weight or None)."""
     what, names, weight = (argument, None, None) if os.path.exists(argument) else re.fullmatch(
-        r"(.+?)(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument, re.S).groups()
+        r"(.*?)(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument, re.S).groups()
     if os.path.isdir(what):
         files = [entry.path for entry in os.scandir(what) if entry.is_file() and not entry.name.startswith((".", "_"))
-                 and os.path.splitext(entry.name)[1] in ("", ".tar", ".jsonl", ".json", ".tsv")]
+                 and os.path.splitext(entry.name)[1] in NAMED]
     else:
-        files = [f for f in glob.glob(what, recursive=True) if os.path.isfile(f)]
-        files = files or [what] * os.path.isfile(what)
+        files = [what] if os.path.isfile(what) else [f for f in glob.glob(what, recursive=True) if os.path.isfile(f)]
     if not files:
         raise ValueError(f"{argument}: no such file, and no folder or pattern that holds any")
     if weight is not None and not Fraction(weight):
@@ -51,23 +54,25 @@ def open_readers(files, names, kind, languages, cache, root):
     found, plain = [], {}
     for file in files:
         stem, suffix = os.path.splitext(file)
-        if suffix == ".tar":
+        if suffix.lower() == ".tar":
             found.append(Tar(file, names, cache))
-        elif suffix == ".tsv":
+        elif suffix.lower() == ".tsv":
             found.append(Columns(file, names, cache))
-        elif suffix in ("", ".jsonl", ".json") or kind == "images":
+        elif suffix.lower() in LINES or kind == "images":
             lines = ImageLines(file, names, cache, root)
-            pairs = kind == "texts" or kind is None and len(lines) and not any(
-                f'"{key}"'.encode() in lines.line(0) for key in IMAGE_KEYS)
+            pairs = kind == "texts" or kind is None and len(lines) and not any(   # one broken line decides nothing
+                re.search(f'"({"|".join(IMAGE_KEYS)})" *:'.encode(), lines.line(i)) for i in range(min(9, len(lines))))
             found.append(PairLines(file, names, cache) if pairs else lines)
         else:
             plain.setdefault(stem, {})[suffix[1:]] = file
     for stem, group in plain.items():
         found.append(PlainText(f"{stem}.*", {k: f for k, f in group.items() if k in (languages or group)}, cache))
     for reader in found:
-        if (kind == "texts") == isinstance(reader, (Tar, ImageLines)) and kind:
-            raise ValueError(f"{reader.path} holds {'images' if kind == 'texts' else 'no images'}: "
-                             f"give it to --{'images' if kind == 'texts' else 'texts'}")
+        if kind and reader.images != (kind == "images"):
+            raise ValueError(f"{reader.path} holds {'images' if reader.images else 'no images'}: "
+                             f"give it to --{'images' if reader.images else 'texts'}")
+        if names and not reader.images and len(set(names)) != 2:
+            raise ValueError(f"{reader.path} is parallel text: name its two languages, as in FILE@de,en")
     return found
 
 
@@ -99,7 +104,7 @@ def parse_all(arguments):
     for number, argument in enumerate(arguments):
         files, *rest = parse(argument)
         stem, suffix = os.path.splitext(files[0])
-        plain = len(files) == 1 and suffix not in ("", ".tar", ".tsv", ".jsonl", ".json")
+        plain = len(files) == 1 and suffix.lower() not in NAMED
         merged.setdefault((stem, *rest) if plain else number, [argument, [], *rest])[1].extend(files)
     return list(merged.values())
 
@@ -118,13 +123,14 @@ class Source:
             first = self.starts[-1]
             for reader in open_readers(files, names, kind, self.languages, cache, root):
                 kept = with_languages(reader, self.languages, 1 if kind == "images" else 2, cache)
-                if not len(reader if kept is None else kept):
-                    raise ValueError(f"{reader.path} has no record" + (
-                        f" in {' '.join(sorted(self.languages))}; where it names no languages itself, say "
-                        f"FILE@en or FILE@de,en" if len(reader) else "; is it empty or cut off?"))
+                if not len(reader):
+                    raise ValueError(f"{reader.path} has no record; is it empty or cut off?")
                 self.readers.append(reader)
                 self.kept.append(kept)
                 self.starts.append(self.starts[-1] + len(reader if kept is None else kept))
+            if self.starts[-1] == first:
+                raise ValueError(f"{argument} has no record in {' '.join(sorted(self.languages))}; where it names no "
+                                 f"languages itself, say FILE@en or FILE@de,en")
             if weight:
                 p, q = (weight / total / left).as_integer_ratio()
                 self.shares.append((first, self.starts[-1] - first, p, q))
@@ -143,16 +149,13 @@ class Source:
                 return epoch, first + index
             position -= before
 
-    def find(self, index):
-        """-> reader, number of the record in its file."""
-        k = bisect.bisect_right(self.starts, index) - 1
-        i = index - self.starts[k]
-        return self.readers[k], i if self.kept[k] is None else self.kept[k].read(i, 1)[0]
-
     def __getitem__(self, key):
+        """(index, rng) -> what example() makes of that record; BadRecord."""
         index, rng = key
-        reader, i = self.find(index)
+        k = bisect.bisect_right(self.starts, index) - 1
+        reader, kept, i = self.readers[k], self.kept[k], index - self.starts[k]
         try:
+            i = i if kept is None else kept.read(i, 1)[0]
             return self.example(*reader.record(i), rng)
         except BROKEN as error:
             raise BadRecord(f"{reader.where(i)}: {reason(error)}") from None
@@ -279,8 +282,9 @@ def evaluation_set(name):
 def open_image(path):
     """RGB image of a file; ValueError that names the file when it is missing or no image."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with undecoded(path) as image:
+            image.load()
+            return data.rgb(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -404,6 +404,16 @@ def outlive_sigterm(worker):     # a SIGTERM to the process group is for the loo
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def prepared(loader):
+    """Its batches. Workers end here also after an error: they ignore SIGTERM, so Python's end would wait for ever."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
+
+
 def train(args, device, run):
     """The loop, from run.step to the end (or --stop_after, or SIGTERM) -> the last step done."""
     last = min(args.steps, args.stop_after or args.steps)
@@ -427,7 +437,7 @@ def train(args, device, run):
     bar = tqdm(total=args.steps, initial=step, disable=world()[0] > 0 or not sys.stderr.isatty(), unit="step")
     objective.train()
     faults, skipped, in_a_row, clock = sources.Faults(world()[0]), 0, 0, time.perf_counter()
-    for batch in loader:
+    for batch in prepared(loader):
         told = faults.note(batch)
         batch = to_device(batch, device)
         row, skip, stop, spoiled = train_step(wrapped, objective, run.optimizer, batch, step, args, autocast, stopping,
@@ -513,7 +523,7 @@ def main(argv=None):
             finish(args, device, run, train(args, device, run))
         status = 0
     except (RuntimeError, ConnectionError) as error:                         # torch's words for a process that died
-        if not re.search("(?i)dataloader worker|closed by peer|reset by peer|broken pipe|timed out|nccl", str(error)):
+        if not re.search(r"(?i)worker \(pid|closed by peer|reset by peer|broken pipe|timed out|nccl", str(error)):
             raise
         status = data.refused(f"another process of this run died ({' '.join(str(error).split())[:160]}); the same "
                               f"command continues from {args.out}/ckpt.pt")

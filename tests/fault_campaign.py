@@ -108,7 +108,8 @@ def one_corruption(number, folder, tokenizer):
         _, index = data.example_at(position, len(truth), number, int(not images))
         for _ in range(11):
             if index not in bad:
-                expected.append(records.identity(truth[index]))
+                thing = truth[index]
+                expected.append(records.identity(thing if isinstance(thing, bytes) else thing.read_bytes()))
                 break
             visits, index = visits + 1, (index + 1) % len(truth)
         else:

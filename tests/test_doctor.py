@@ -8,11 +8,13 @@ import sys
 
 import bench_data
 import fault_campaign
+import numpy as np
 import pytest
 import samples
 
 import data
 import doctor
+import records
 import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -143,5 +145,42 @@ def test_the_doctor_keeps_eight_bytes_of_an_image_and_of_a_text(tmp_path, capsys
 
 
 def sources_reader(folder):
-    import records
     return records.Columns(str(bench_data.write_pairs(folder / "a.tsv", 0, 50)))
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+    encode = staticmethod(lambda text, longest: text)
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([("a", "b" * 64), ("c", "d" * 65), ("e", "e" * 64), ("f", "a")], ["12.50 % are cut", "0 of 8 texts"]),
+    ([("a", "bb")], ["median 1,"])])
+def test_the_numbers_at_their_edges(tmp_path, capsys, rows, said):
+    """64 is not cut, 65 is; the same text in two languages is no duplicate; the median of 1 and 2 is 1."""
+    (tmp_path / "a.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
+    reader = records.Columns(str(tmp_path / "a.tsv"))
+    found = doctor.Findings([reader], Letters())
+    for i in range(len(rows)):
+        found.look(reader, i, data.generator(0))
+    found.report("x")
+    out = capsys.readouterr().out
+    assert all(words in out for words in said), out
+
+
+def test_samples_come_from_everywhere():
+    counts = np.zeros(40)
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        found = doctor.Findings([records.Reader], None)
+        for i in range(40):
+            found.add(str(i), b"", [("en", "x")], rng)
+        for where, _ in found.samples:
+            counts[int(where)] += 1
+    assert counts.sum() == 1200 and abs(counts[:20].sum() - 600) < 70        # four deviations
+
+
+def test_an_empty_file_is_broken(tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text("a\tb\n")
+    (tmp_path / "b.tsv").write_text("")
+    assert doctor.main([f"{tmp_path}/*.tsv"]) == 1 and "b.tsv: no records" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """What breaks while training: one clear line, nothing lost. A slice of fault_campaign.py and of kill_campaign.py."""
+import multiprocessing
 import os
 import pathlib
 import resource
@@ -15,6 +16,7 @@ import pytest
 import samples
 import torch
 
+import data
 import train
 import weights
 
@@ -181,3 +183,18 @@ def test_texts_alone_and_compressed_files_are_refused(tmp_path, whole, capsys):
               "--texts needs --images")
     last_line(capsys, train.main(settings(whole, tmp_path / "o", "--images", str(tmp_path / "x.tar.gz"))), "unpack it")
     last_line(capsys, train.main(settings(whole, tmp_path / "o", "--texts", str(whole / "a.tar"))), "--images")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_mistake_in_a_source_is_told_as_itself_and_leaves_no_worker_waiting(tmp_path, monkeypatch, capsys, error):
+    def broken(self, key):
+        raise error("my own mistake")
+
+    monkeypatch.setattr(data.DemoImages, "__getitem__", broken)
+    flags = ["--out", str(tmp_path), *kill_campaign.TINY, "--patch_size", "8", "--image_size", "64"]
+    if error is ValueError:
+        last_line(capsys, train.main(flags), "error: ValueError: my own mistake")
+    else:
+        with pytest.raises(RuntimeError, match="my own mistake") as kept:    # kept, as Python keeps the last error
+            train.main(flags)
+        assert multiprocessing.active_children() == [], kept
