@@ -226,7 +226,8 @@ def affine_grid(size, a, b, c, d):
 def affine(image, *matrix):
     """Bilinear; pixel (x, y) comes from (a x + b y, c x + d y) about the centre, grey (128) from outside."""
     grid = affine_grid(image.shape[1], *matrix)
-    return stretch(F.grid_sample(image.float().sub_(128)[None], grid, align_corners=False)[0], 1, -128)
+    moved = F.grid_sample(image.float().sub_(128)[None], grid, align_corners=False)[0]
+    return moved.add_(128.5).int().byte()
 
 
 def turn(image, angle):
