@@ -353,7 +353,7 @@ class PlainText(Reader):
         self.size, lengths = sum(r.size for r in self.files.values()), {len(r) for r in self.files.values()}
         if len(files) < 2 or len(lengths) > 1:
             raise ValueError(f"{path}: " + ", ".join(f"{k} has {len(f):,} lines" for k, f in self.files.items())
-                             + "; line i of each of two or more languages must say the same")
+                             + "; plain text is two files NAME.LANGUAGE or more, line i of each says the same")
 
     def __len__(self):
         return len(next(iter(self.files.values())))

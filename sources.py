@@ -39,7 +39,8 @@ def parse(argument):
         r"(.*?)(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument, re.S).groups()
     if os.path.isdir(what):
         files = [entry.path for entry in os.scandir(what) if entry.is_file() and not entry.name.startswith((".", "_"))
-                 and os.path.splitext(entry.name)[1] in NAMED]
+                 and (os.path.splitext(entry.name)[1].lower() in NAMED[1:] or entry.name.startswith("part-"))
+                 and not entry.name.endswith("_stats.json")]                 # img2dataset's, beside its tars
     else:
         files = [what] if os.path.isfile(what) else [f for f in glob.glob(what, recursive=True) if os.path.isfile(f)]
     if not files:

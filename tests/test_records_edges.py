@@ -83,6 +83,13 @@ def test_a_literal_name_goes_before_a_pattern_and_nothing_is_one_line(tmp_path):
     assert doctor.main([""]) == 2 and doctor.main([f"{tmp_path}/1.tsv=0"]) == 2
 
 
+def test_a_folder_is_read_without_what_lies_beside_the_data(tmp_path):
+    wanted = ["00000.TAR", "a.jsonl", "b.json", "c.tsv", "part-00000"]
+    for name in (*wanted, "00000_stats.json", "00000.parquet", "LICENSE", "_SUCCESS", ".c.tsv.index", "README.md"):
+        (tmp_path / name).touch()
+    assert [os.path.basename(file) for file in sources.parse(str(tmp_path))[0]] == wanted
+
+
 @pytest.mark.parametrize("names", ["en", "de,en,fr", "de,de"])
 def test_parallel_text_has_two_languages(tmp_path, names):
     (tmp_path / "a.TSV").write_text("a\tb\n")
