@@ -110,7 +110,7 @@ def parse_all(arguments):
     return list(merged.values())
 
 
-class Source:
+class Stream:
     """Records of several arguments as one list. shares: [(first index, n, p, q)]: an argument with a weight takes p of
     every q positions that those before it left."""
 
@@ -165,7 +165,7 @@ class Source:
         return [k for k in said if k in self.languages] if self.languages else list(said)
 
 
-class Images(Source):
+class Images(Stream):
     def __init__(self, arguments, size, languages=(), cache=None, root=None):
         super().__init__(arguments, "images", languages, cache, root)
         self.size, self.blank = size, (np.zeros((3, size, size), np.uint8), "", 0)
@@ -179,7 +179,7 @@ class Images(Source):
             return data.train_image(image, self.size, rng), text, identity(picture)
 
 
-class Pairs(Source):
+class Pairs(Stream):
     blank = "", "", 0
 
     def __init__(self, arguments, languages=(), cache=None):

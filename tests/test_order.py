@@ -20,7 +20,7 @@ class Numbers:
     def __init__(self, n, bad=(), shares=None):
         self.n, self.bad = n, set(bad)
         if shares:
-            self.shares, self.at = shares, lambda *key: sources.Source.at(self, *key)
+            self.shares, self.at = shares, lambda *key: sources.Stream.at(self, *key)
 
     def __len__(self):
         return self.n
