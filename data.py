@@ -25,7 +25,7 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 from demo import emoji
 from records import TOLERATED, BadRecord

@@ -8,7 +8,6 @@ import argparse
 import array
 import collections
 import heapq
-import os
 import pathlib
 import sys
 import textwrap
@@ -144,7 +143,8 @@ def tokenizer_command(args, most=2_000_000):
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {args.vocab} pieces comes from these texts ({reason(error)})") from None
     pathlib.Path(args.out).write_bytes(made.model)
-    print(f"wrote {args.out}: vocabulary {made.size:,}")
+    print(f"wrote {args.out}: vocabulary {made.size:,}" + (
+        f", as these texts hold no {args.vocab:,} pieces" if made.size < args.vocab else ""))
     return 0
 
 

@@ -324,6 +324,8 @@ class ImageLines(Reader):
             raise ValueError(f"refused: image {field[-60:]} lies outside {self.root}; --image_root names its folder")
         if not os.path.isfile(path):
             raise ValueError(f"no such image {path[-80:]}")
+        if os.path.getsize(path) > LARGEST:
+            raise ValueError(f"image {path[-80:]} is longer than {LARGEST:,} bytes")
         return pathlib.Path(path).read_bytes()
 
 
@@ -353,7 +355,8 @@ class PlainText(Reader):
         self.size, lengths = sum(r.size for r in self.files.values()), {len(r) for r in self.files.values()}
         if len(files) < 2 or len(lengths) > 1:
             raise ValueError(f"{path}: " + ", ".join(f"{k} has {len(f):,} lines" for k, f in self.files.items())
-                             + "; plain text is two files NAME.LANGUAGE or more, line i of each says the same")
+                             + " (no blank ones at the end); plain text is two files NAME.LANGUAGE or more, line i of "
+                             "each says the same; columns end in .tsv, JSON lines in .jsonl")
 
     def __len__(self):
         return len(next(iter(self.files.values())))

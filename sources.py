@@ -44,7 +44,8 @@ def parse(argument):
     else:
         files = [what] if os.path.isfile(what) else [f for f in glob.glob(what, recursive=True) if os.path.isfile(f)]
     if not files:
-        raise ValueError(f"{argument}: no such file, and no folder or pattern that holds any")
+        raise ValueError(f"{argument}: no such file, and no folder or pattern that holds any (of plain text say "
+                         f"FOLDER/NAME.*)")
     if weight is not None and not Fraction(weight):
         raise ValueError(f"{argument}: a weight must be more than 0")
     return sorted(files), tuple(names.split(",")) if names else (), weight and Fraction(weight)
@@ -72,7 +73,7 @@ def open_readers(files, names, kind, languages, cache, root):
         if kind and reader.images != (kind == "images"):
             raise ValueError(f"{reader.path} holds {'images' if reader.images else 'no images'}: "
                              f"give it to --{'images' if reader.images else 'texts'}")
-        if names and not reader.images and len(set(names)) != 2:
+        if names and kind == "texts" and len(set(names)) != 2:
             raise ValueError(f"{reader.path} is parallel text: name its two languages, as in FILE@de,en")
     return found
 
@@ -224,10 +225,11 @@ def streams(args, size):
 
 
 class Faults:
-    """Bad records of a process: counted, the first ten named; too many among the last thousand stop the run."""
+    """Bad records of a process: counted, the first ten named once; too many among the last thousand stop the run."""
 
     def __init__(self, rank=0):
-        self.rank, self.window, self.count, self.last = rank, collections.deque(maxlen=WINDOW), 0, None
+        self.rank, self.window, self.named = rank, collections.deque(maxlen=WINDOW), set()
+        self.count, self.last = 0, None
 
     def note(self, batch):
         """Takes out of an item of data.Batches what is for the log -> (bad records, cut sentences, time to stop?)."""
@@ -237,8 +239,9 @@ class Faults:
             self.window.append(bool(text))
             if text:
                 self.count, self.last, stop = self.count + 1, text, stop or sum(self.window) > TOLERATED
-                if self.count <= 10:
+                if len(self.named) < 10 and text not in self.named:
                     tqdm.write(f"process {self.rank}: skipped {text}")
+                    self.named.add(text)
         return self.count - before, sum(cut for _, cut in told), stop
 
     def verdict(self):

@@ -8,7 +8,6 @@ A small slice runs in tests/test_faults.py. Killed processes: tests/kill_campaig
 import base64
 import contextlib
 import io
-import json
 import pathlib
 import random
 import sys

@@ -1,7 +1,6 @@
 """The doctor counts what a naive parse counts and exits with the right status; the formats of others train and pass it;
 memory does not grow with the number of records."""
 import collections
-import json
 import pathlib
 import subprocess
 import sys

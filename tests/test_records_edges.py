@@ -48,7 +48,7 @@ def test_half_a_surrogate_pair_is_one_bad_record(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert doctor.main([str(tmp_path / "a.jsonl")]) == 1
     said = capsys.readouterr().out
-    assert "5 records" in said and all(f"line {i}: " in said for i in (2, 3, 4, 5))
+    assert "broken           4 records" in said and all(f"line {i}: " in said for i in (2, 3, 4, 5))
 
 
 def test_a_full_disk_leaves_no_index_and_says_so(tmp_path):
@@ -98,7 +98,7 @@ def test_parallel_text_has_two_languages(tmp_path, names):
         sources.Pairs([f"{tmp_path}/a.TSV@{names}"])
 
 
-@pytest.mark.parametrize("first", ["", "{broken", '{"captions": {"en": "no image"}}'])
+@pytest.mark.parametrize("first", ["", "\n" * 7, "{broken", '{"captions": {"en": "no image"}}'])
 def test_a_bad_first_line_does_not_change_what_a_file_is(tmp_path, capsys, first):
     (tmp_path / "a.jsonl").write_text(first + "\n" + json.dumps(image_row("image")) + "\n")
     assert doctor.main([str(tmp_path / "a.jsonl")]) == 1 and "JPEG 1" in capsys.readouterr().out
@@ -117,6 +117,18 @@ def test_a_member_of_whole_blocks_a_key_twice_and_txt_beside_json(tmp_path):
     for i in range(4):
         picture, said = reader.record(i)
         assert said == {"unknown": [str(i)]} and picture.startswith(samples.jpeg(i))
+
+
+def test_a_caption_file_is_read_without_its_mark_and_line_end_also_in_an_archive_in_capitals(tmp_path):
+    with tarfile.open(tmp_path / "A.TAR", "w") as tar:
+        samples.add(tar, "0.jpg", samples.jpeg(0))
+        samples.add(tar, "0.txt", "\ufeffa dog\r\n".encode())
+    assert sources.Images([f"{tmp_path}/A.TAR@en"], 32).readers[0].record(0)[1] == {"en": ["a dog"]}
+
+
+def test_the_name_of_a_file_of_images_names_no_two_languages(tmp_path):
+    path = samples.lines(tmp_path / "my-set.jsonl", [image_row("x")])
+    assert records.ImageLines(path).record(0)[1] == {"unknown": ["x"]}
 
 
 def test_headers_of_gnu_and_of_sizes_that_cannot_be():
@@ -153,6 +165,9 @@ def test_a_record_too_long_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "LARGEST", 100)
     first, second = texts_or_reasons(table(tmp_path / "a.tsv", f"x\t{'y' * 97}\nx\t{'y' * 98}\n"))
     assert isinstance(first, dict) and "longer than 100" in second
+    (tmp_path / "x.jpg").write_bytes(samples.jpeg(0))
+    path = samples.lines(tmp_path / "a.jsonl", [{"image": "x.jpg", "caption": "x"}])
+    assert "longer than 100" in texts_or_reasons(records.ImageLines(path))[0]
 
 
 def test_a_file_that_changed_but_not_in_size_is_noticed(tmp_path):
@@ -169,8 +184,12 @@ def test_an_index_of_another_version_is_made_again(tmp_path):
     assert len(records.Columns(str(tmp_path / "a.tsv"))) == 5
 
 
-def test_sixteen_bits_of_grey_are_scaled_and_line_breaks_in_base64_are_none(tmp_path):
-    grey = Image.new("I;16", (1, 1), 1 << 15)
-    assert data.rgb(grey).getpixel((0, 0)) == (128, 128, 128)
+def test_sixteen_bits_of_grey_are_scaled(tmp_path):
+    Image.new("I;16", (1, 1), 1 << 15).save(tmp_path / "x.png")
+    for image in (Image.open(tmp_path / "x.png"), sources.open_image(tmp_path / "x.png")):
+        assert data.rgb(image).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_line_breaks_in_base64_are_none(tmp_path):
     row = image_row("x") | {"image": base64.encodebytes(samples.jpeg(0)).decode()}
     assert records.ImageLines(samples.lines(tmp_path / "a.jsonl", [row])).record(0)[0] == samples.jpeg(0)
