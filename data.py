@@ -135,7 +135,7 @@ def train_image(image, size, rng, scale=(0.2, 1.0), flip=True):
     """RandomResizedCrop, mirror, RandAugment -> uint8 (3, size, size)."""
     width, height = image.size
     x, y, w, h = 0, 0, width, height
-    for part, shape, across, down in rng.random((10, 4)).tolist():           # ten tries
+    for part, shape, across, down in rng.random((10, 4)).tolist():           # ten tries of four dice
         area, ratio = width * height * (scale[0] + part * (scale[1] - scale[0])), (4 / 3) ** (2 * shape - 1)
         wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < wide <= width and 0 < high <= height:
@@ -159,7 +159,7 @@ def resize(image, size):
     """-> uint8 tensor (3, size, size): Pillow's antialiased bicubic in torch, several times as fast, at most 1 away."""
     image = rgb(image)
     rows = np.frombuffer(bytearray(image.tobytes()), np.uint8).reshape(1, image.height, image.width, 3)
-    rows = torch.from_numpy(rows.transpose(0, 3, 1, 2))
+    rows = torch.from_numpy(rows.transpose(0, 3, 1, 2))                      # (1, h, w, 3) -> (1, 3, h, w)
     return F.interpolate(rows, (size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
@@ -181,21 +181,21 @@ def normalise(images):
 def rand_augment(image, rng, count=2, level=7):
     """uint8 (3, s, s) -> the same: `count` of ten operations, each applied with probability 1/2 at `level` of 10."""
     for draw in rng.random(count).tolist():
-        operation, toss = divmod(int(4 * len(AUGMENT) * draw), 4)
+        operation, toss = divmod(int(4 * len(AUGMENT) * draw), 4)            # 0, 1: with this sign; 2, 3: not applied
         if toss < 2:
             image = AUGMENT[operation](image, level / 10, (1, -1)[toss])
     return image
 
 
-def stretch(image, factor, low=0):
-    """factor * (image - low), rounded; a float image is used up. By way of int32: several times as fast."""
-    x = image.float().sub_(low) if torch.is_tensor(low) or low else image.float()
-    return x.mul_(factor).add_(0.5).clamp_(0, 255).int().byte()
+def stretch(image, factor):
+    """factor * image, rounded; a float image is used up."""
+    return image.float().mul_(factor).add_(0.5).clamp_(0, 255).int().byte()  # float to byte is slower without the int32
 
 
 def autocontrast(image):
     low, high = image.amin((1, 2), keepdim=True).float(), image.amax((1, 2), keepdim=True).float()
-    return stretch(image, torch.where(high > low, 255 / (high - low), 1), torch.where(high > low, low, 0))
+    factor, low = torch.where(high > low, 255 / (high - low), 1), torch.where(high > low, low, 0)
+    return stretch(image.float().sub_(low), factor)
 
 
 def equalize(image):

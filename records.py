@@ -54,7 +54,7 @@ VERSION = 0x324D4C4343                                                       # a
 @functools.lru_cache(64)                                                     # a process may open about a thousand files
 def opened(path, size=None, time=None, version=None):
     """A file, for os.pread; OSError when it is no longer the one that was indexed. A deleted one is readable while it
-    is open."""
+    is open. version: only tells an index from the one before it in this cache."""
     file = open(path, "rb", buffering=0)
     status = os.fstat(file.fileno())
     if size is not None and (status.st_size, status.st_mtime_ns) != (size, time):
@@ -72,7 +72,7 @@ class Index:
         return self.length
 
     def read(self, start, count):
-        file = opened(self.place, version=tuple(self.stamp))                 # the stamp: not the index before this one
+        file = opened(self.place, version=tuple(self.stamp))
         return struct.unpack(f"{count}q", os.pread(file.fileno(), 8 * count, 8 * (4 + start)))
 
 
@@ -240,7 +240,7 @@ class Reader:
         inferred = re.fullmatch(r"(?:.*[._])?([a-z]{2,3})-([a-z]{2,3})\.\w+", os.path.basename(path))
         self.names = names or (inferred.groups() if inferred else ())
         with open(path, "rb") as file:
-            if file.read(4).startswith((b"\x1f\x8b", b"PK\3\4", b"BZh", b"\xfd7zX", b"(\xb5/\xfd")):
+            if re.match(rb"\x1f\x8b|PK\x03\x04|BZh\d|\xfd7zX|\(\xb5/\xfd", file.read(4)):  # gzip zip bzip2 xz zstd
                 raise ValueError(f"{path} is compressed: unpack it first, records are read by offset")
         self.index = indexed(path, self.scan, cache)
         self.size = self.index.stamp[0]                                      # bytes

@@ -29,8 +29,7 @@ from records import (BROKEN, IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, 
 # Arguments -> readers
 # ------------------------------------------------------------------------------------------------------------------
 
-LINES = ("", ".jsonl", ".json")
-NAMED = (*LINES, ".tar", ".tsv")                              # any other suffix names the language of plain text
+NAMED = (".tar", ".tsv", ".jsonl", ".json")                     # any other suffix names the language of plain text
 
 
 def parse(argument):
@@ -39,7 +38,7 @@ def parse(argument):
         r"(.*?)(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument, re.S).groups()
     if os.path.isdir(what):
         files = [entry.path for entry in os.scandir(what) if entry.is_file() and not entry.name.startswith((".", "_"))
-                 and (os.path.splitext(entry.name)[1].lower() in NAMED[1:] or entry.name.startswith("part-"))
+                 and (os.path.splitext(entry.name)[1].lower() in NAMED or entry.name.startswith("part-"))
                  and not entry.name.endswith("_stats.json")]                 # img2dataset's, beside its tars
     else:
         files = [what] if os.path.isfile(what) else [f for f in glob.glob(what, recursive=True) if os.path.isfile(f)]
@@ -60,7 +59,7 @@ def open_readers(files, names, kind, languages, cache, root):
             found.append(Tar(file, names, cache))
         elif suffix.lower() == ".tsv":
             found.append(Columns(file, names, cache))
-        elif suffix.lower() in LINES or kind == "images":
+        elif suffix.lower() in ("", ".jsonl", ".json") or kind == "images":
             lines = ImageLines(file, names, cache, root)
             pairs = kind == "texts" or kind is None and len(lines) and not any(   # one broken line decides nothing
                 re.search(f'"({"|".join(IMAGE_KEYS)})" *:'.encode(), lines.line(i)) for i in range(min(9, len(lines))))
@@ -106,7 +105,7 @@ def parse_all(arguments):
     for number, argument in enumerate(arguments):
         files, *rest = parse(argument)
         stem, suffix = os.path.splitext(files[0])
-        plain = len(files) == 1 and suffix.lower() not in NAMED
+        plain = len(files) == 1 and suffix and suffix.lower() not in NAMED
         merged.setdefault((stem, *rest) if plain else number, [argument, [], *rest])[1].extend(files)
     return list(merged.values())
 

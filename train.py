@@ -192,7 +192,7 @@ class Objective(nn.Module):
 
     def forward(self, image, pair, seed):
         """One step's batches (data.Batches) -> {"image": losses, "text": losses, "loss": their sum}."""
-        model, B = self.model, len(image["ids"])
+        model = self.model
         batches = [image["b"], image["b"]._replace(words=image["masked"].words)]
         if pair:
             batches += [pair["a"], pair["b"], pair["b"]._replace(words=pair["masked"].words)]

@@ -1,6 +1,7 @@
 """The doctor counts what a naive parse counts and exits with the right status; the formats of others train and pass it;
 memory does not grow with the number of records."""
 import collections
+import os
 import pathlib
 import subprocess
 import sys
@@ -71,9 +72,10 @@ def test_a_mistake_is_one_line_and_status_2(capsys, words, said):
 
 
 def test_data_py_is_the_command(tmp_path):
-    """`python data.py PATH`, with its status; and the same module is not mistaken for another one."""
-    samples.lines(tmp_path / "a.jsonl", [{"text": {"en": "one", "de": "eins"}}, {"text": {"en": "two"}}])
-    done = subprocess.run([sys.executable, "data.py", tmp_path / "a.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    """`python data.py PATH`, with its status, also in a terminal that knows no umlauts."""
+    samples.lines(tmp_path / "a.jsonl", [{"text": {"en": "one", "de": "f\u00fcnf"}}, {"text": {"en": "two"}}])
+    done = subprocess.run([sys.executable, "data.py", tmp_path / "a.jsonl"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 1 and done.stderr == ""
     assert "a.jsonl line 2: one language only (en), not two" in " ".join(done.stdout.split())
 
@@ -85,6 +87,9 @@ def test_the_tokenizer_command_makes_one_that_reads_the_texts(tmp_path, capsys):
     made = data.Tokenizer(out.read_bytes())
     text = samples.PHRASES["de"].format(7)
     assert made.pieces.decode([i - 1 for i in made.encode(text)[1:-1]]) == text
+    assert "no 9,000 pieces" not in capsys.readouterr().out
+    assert doctor.main(["tokenizer", "--texts", str(folder / "train.*"), "--vocab", "9000", "--out", str(out)]) == 0
+    assert "hold no 9,000 pieces" in capsys.readouterr().out
     assert doctor.main(["tokenizer", "--texts", str(folder / "train.*"), "--vocab", "9", "--out", str(out)]) == 2
     assert "no tokenizer of 9 pieces" in capsys.readouterr().err
 

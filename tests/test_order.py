@@ -111,6 +111,14 @@ def test_more_than_ten_bad_of_the_last_thousand_stop_and_ten_do_not():
         assert sum(bad for bad, *_ in flags) == faults.count and sum(cut for _, cut, _ in flags) == 200
 
 
+def test_the_first_ten_bad_records_are_named_once(capsys):
+    faults = sources.Faults()
+    for name in [0, 1, 0, 1, *range(12)]:
+        faults.note([{"records": [f"record-{name};"], "cut": 0}])
+    said = capsys.readouterr().out
+    assert [said.count(f"record-{name};") for name in range(12)] == [1] * 10 + [0] * 2 and faults.count == 16
+
+
 def test_a_source_of_bad_records_alone_stops_at_once_with_a_batch_of_the_same_size(tokenizer):
     item = data.Batches(tokenizer, None, Numbers(20, range(20)), 4, 4, seed=0)[0]
     assert item[1]["ids"].tolist() == [-1] * 4

@@ -106,40 +106,15 @@ def test_a_bad_first_line_does_not_change_what_a_file_is(tmp_path, capsys, first
     assert doctor.main([str(tmp_path / "b.jsonl")]) == 0
 
 
-def test_a_member_of_whole_blocks_a_key_twice_and_txt_beside_json(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
-        for i, name in enumerate("0112"):
-            samples.add(tar, f"{name}.json", json.dumps({"caption": str(i)}).encode().ljust(512))
-            samples.add(tar, f"{name}.jpg", samples.jpeg(i) + bytes(-len(samples.jpeg(i)) % 512))
-            samples.add(tar, f"{name}.txt", b"not this")
-    reader = records.Tar(str(tmp_path / "a.tar"))
-    assert len(reader) == 4
-    for i in range(4):
-        picture, said = reader.record(i)
-        assert said == {"unknown": [str(i)]} and picture.startswith(samples.jpeg(i))
-
-
-def test_a_caption_file_is_read_without_its_mark_and_line_end_also_in_an_archive_in_capitals(tmp_path):
-    with tarfile.open(tmp_path / "A.TAR", "w") as tar:
-        samples.add(tar, "0.jpg", samples.jpeg(0))
-        samples.add(tar, "0.txt", "\ufeffa dog\r\n".encode())
-    assert sources.Images([f"{tmp_path}/A.TAR@en"], 32).readers[0].record(0)[1] == {"en": ["a dog"]}
-
-
 def test_the_name_of_a_file_of_images_names_no_two_languages(tmp_path):
     path = samples.lines(tmp_path / "my-set.jsonl", [image_row("x")])
     assert records.ImageLines(path).record(0)[1] == {"unknown": ["x"]}
 
 
-def test_headers_of_gnu_and_of_sizes_that_cannot_be():
-    def head(size, prefix=b""):
-        made = bytearray((b"a".ljust(100, b"\0") + b"0000644\0" * 3 + size + b"0" * 12 + b" " * 8 + b"0" + bytes(100)
-                          + b"ustar  \0".ljust(88, b"\0") + prefix).ljust(512, b"\0"))
-        made[148:156] = b"%06o\0 " % sum(made)
-        return records.header(bytes(made))
-    assert head(b"\x80" + (9 << 30).to_bytes(11, "big")).size == 9 << 30
-    assert head(b"%011o\0" % 7, prefix=b"times, in GNU's form").name == "a"
-    assert head(b"\x80" + b"\xff" * 11) is None and head(b"-0000001000\0") is None
+def test_the_doctor_counts_no_format_of_an_image_that_ends_too_early(tmp_path, capsys):
+    row = image_row("x") | {"image": base64.b64encode(samples.jpeg(0)[:-300]).decode()}
+    assert doctor.main([samples.lines(tmp_path / "a.jsonl", [image_row("x"), row])]) == 1
+    assert "JPEG 1" in capsys.readouterr().out
 
 
 def test_a_folder_whose_name_begins_alike_is_outside(tmp_path):

@@ -67,7 +67,7 @@ def gradient_errors(model, name, expected, dtype):
     ours = {n: p.grad for n, p in model.named_parameters()}
     became = {theirs: to for theirs, to, why in weights.read_sources([path(name)]).notes if not why}
     total = expected["grads"][:, 0].double().nan_to_num().norm().item()
-    errors, compared = {}, set()
+    errors = {}
     for theirs, reference in zip(expected["names"], expected["grads"].double()):
         mine = [ours.pop(n) for n in became.get(theirs, [])]
         if reference.isnan().any():

@@ -25,7 +25,7 @@ def worker(out, dtype, spm):
     import train
     from model import CCLM, build
     torch.set_num_threads(1)
-    device = train.start_processes()
+    train.start_processes()
     rank, W = losses.world()
     args = train.settings(["--batch", "8", "--text_batch", "16"])
     tokenizer = data.Tokenizer(pathlib.Path(spm).read_bytes())
