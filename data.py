@@ -1,4 +1,4 @@
-"""From records to batches: tokenizer, masking, image transforms, the two streams, the order of examples.
+"""From records to batches: tokenizer, masking, the two streams, the order of examples.
 
     image-text   {"images" (B, 3, pixels, pixels) uint8, "b": Sentences, "masked": Masked, "ids" (B,)}
     parallel     {"a": Sentences, "b": Sentences, "masked": Masked, "ids" (B,)}
@@ -17,21 +17,18 @@ Letters: B sequences per process, W processes, N = W*B, T tokens in the packed b
 import argparse
 import functools
 import io
-import math
 import sys
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
 from demo import emoji
 from records import TOLERATED, BadRecord
+from transforms import test_image
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3                                          # XLM-R's layout (F3.5)
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # CLIP's (F3.7)
 
 
 class Arguments(argparse.ArgumentParser):
@@ -125,133 +122,6 @@ def mask_words(ids, rng, tokenizer, probability=0.4, most=20):
         masked[i] = (tokenizer.mask if dice < 0.8 else
                      int(rng.integers(UNKNOWN + 1, tokenizer.mask)) if dice < 0.9 else ids[i])
     return masked, hidden
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Images (F3.7)
-# ------------------------------------------------------------------------------------------------------------------
-
-def train_image(image, size, rng, scale=(0.2, 1.0), flip=True):
-    """RandomResizedCrop, mirror, RandAugment -> uint8 (3, size, size)."""
-    width, height = image.size
-    x, y, w, h = 0, 0, width, height
-    for part, shape, across, down in rng.random((10, 4)).tolist():           # ten tries of four dice
-        area, ratio = width * height * (scale[0] + part * (scale[1] - scale[0])), (4 / 3) ** (2 * shape - 1)
-        wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < wide <= width and 0 < high <= height:
-            x, y, w, h = int(across * (width - wide + 1)), int(down * (height - high + 1)), wide, high
-            break
-    image.draft("RGB", (-(-width * size // w), -(-height * size // h)))      # a JPEG decodes at 1/2, 1/4 or 1/8 if the
-    sx, sy = image.size[0] / width, image.size[1] / height                   # crop still has `size` pixels then
-    box = round(x * sx), round(y * sy), round((x + w) * sx), round((y + h) * sy)
-    small = resize(image.crop(box), size)
-    return rand_augment(small.flip(2) if flip and rng.random() < 0.5 else small, rng).numpy()
-
-
-def rgb(image):
-    """Pillow's convert("RGB"), but 16 bits of grey are scaled: convert clips them, nearly all to white."""
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda grey: grey / 256).convert("L")
-    return image if image.mode == "RGB" else image.convert("RGB")            # convert copies even where nothing changes
-
-
-def resize(image, size):
-    """-> uint8 tensor (3, size, size): Pillow's antialiased bicubic in torch, several times as fast, at most 1 away."""
-    image = rgb(image)
-    rows = np.frombuffer(bytearray(image.tobytes()), np.uint8).reshape(1, image.height, image.width, 3)
-    rows = torch.from_numpy(rows.transpose(0, 3, 1, 2))                      # (1, h, w, 3) -> (1, 3, h, w)
-    return F.interpolate(rows, (size, size), mode="bicubic", antialias=True)[0].contiguous()
-
-
-def test_image(image, size):
-    """Resized without keeping the aspect, as published -> uint8 (3, size, size)."""
-    return pixels(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def pixels(image):
-    return np.asarray(rgb(image)).transpose(2, 0, 1)                         # (size, size, 3) -> (3, size, size)
-
-
-def normalise(images):
-    """uint8 (B, 3, s, s) -> float32, CLIP's mean and deviation."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) * 255 for x in (MEAN, STD))
-    return (images - mean) / std
-
-
-def rand_augment(image, rng, count=2, level=7):
-    """uint8 (3, s, s) -> the same: `count` of ten operations, each applied with probability 1/2 at `level` of 10."""
-    for draw in rng.random(count).tolist():
-        operation, toss = divmod(int(4 * len(AUGMENT) * draw), 4)            # 0, 1: with this sign; 2, 3: not applied
-        if toss < 2:
-            image = AUGMENT[operation](image, level / 10, (1, -1)[toss])
-    return image
-
-
-def stretch(image, factor):
-    """factor * image, rounded; a float image is used up."""
-    return image.float().mul_(factor).add_(0.5).clamp_(0, 255).int().byte()  # float to byte is slower without the int32
-
-
-def autocontrast(image):
-    low, high = image.amin((1, 2), keepdim=True).float(), image.amax((1, 2), keepdim=True).float()
-    factor, low = torch.where(high > low, 255 / (high - low), 1), torch.where(high > low, low, 0)
-    return stretch(image.float().sub_(low), factor)
-
-
-def equalize(image):
-    """Every channel's histogram made flat, as Pillow does it."""
-    flat = image.numpy().copy()
-    for plane in flat:
-        counts = np.bincount(plane.ravel(), minlength=256)
-        step = (counts.sum() - counts[counts > 0][-1]) // 255
-        if step:
-            plane[:] = ((step // 2 + counts.cumsum() - counts) // step).clip(0, 255).astype(np.uint8).take(plane)
-    return torch.from_numpy(flat)
-
-
-def sharpness(image, factor):
-    """Away from Pillow's SMOOTH, (3 x 3 ones and four more times the middle) / 13; the border stays."""
-    x, y = image.short(), image.float()
-    rows = (x[:, :-2] + x[:, 1:-1]).add_(x[:, 2:])
-    nine = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(x[:, 1:-1, 1:-1], alpha=4)
-    y[:, 1:-1, 1:-1].mul_(factor).add_(nine, alpha=(1 - factor) / 13)
-    return stretch(y, 1)
-
-
-@functools.lru_cache(16)
-def affine_grid(size, a, b, c, d):
-    return F.affine_grid(torch.tensor([[[a, b, 0.0], [c, d, 0.0]]]), (1, 3, size, size), align_corners=False)
-
-
-def affine(image, *matrix):
-    """Bilinear; pixel (x, y) comes from (a x + b y, c x + d y) about the centre, grey (128) from outside."""
-    grid = affine_grid(image.shape[1], *matrix)
-    moved = F.grid_sample(image.float().sub_(128)[None], grid, align_corners=False)[0]
-    return moved.add_(128.5).int().byte()
-
-
-def turn(image, angle):
-    return affine(image, math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle))
-
-
-def shift(image, x, y):
-    moved, size = torch.full_like(image, 128), image.shape[1]
-    moved[:, max(0, y):size + y, max(0, x):size + x] = image[:, max(0, -y):size - y, max(0, -x):size - x]
-    return moved
-
-
-AUGMENT = [
-    lambda image, x, sign: image,
-    lambda image, x, sign: autocontrast(image),
-    lambda image, x, sign: equalize(image),
-    lambda image, x, sign: turn(image, sign * math.radians(30 * x)),
-    lambda image, x, sign: stretch(image, 1.8 * x + 0.1),                    # brightness
-    lambda image, x, sign: sharpness(image, 1.8 * x + 0.1),
-    lambda image, x, sign: affine(image, 1, sign * 0.3 * x, 0, 1),           # shear along x, along y
-    lambda image, x, sign: affine(image, 1, 0, sign * 0.3 * x, 1),
-    lambda image, x, sign: shift(image, round(sign * 10 * x), 0),
-    lambda image, x, sign: shift(image, 0, round(sign * 10 * x)),
-]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -371,24 +241,32 @@ class Batches(torch.utils.data.Dataset):
             (batch, text_batch), world, longest, mask_probability)
 
     def examples(self, step, stream, told):
-        """Examples of this process: [record..., rng] by position p = step * N + rank * B + i. A bad record is replaced
-        by the next good one, so that B never changes. `told` receives "" for a good one, the reason for a bad one."""
+        """Examples of this process: [record..., rng] by position p = step * N + rank * B + i. Sixteen at a time: what
+        their source leaves to finish (decoded images) is faster done together."""
         source, N = (self.images, self.parallel)[stream], self.sizes[stream]
         B, n = N // self.world, len(source)
         at = getattr(source, "at", lambda *where: example_at(where[0], n, *where[1:]))
-        for position in range(step * N + self.rank * B, step * N + (self.rank + 1) * B):
-            epoch, index = at(position, self.seed, stream)
-            for attempt in range(TOLERATED + 1):
-                rng = generator(self.seed, stream, epoch, index)
-                try:
-                    record = source[(index + attempt) % n, rng]
-                    break
-                except BadRecord as error:
-                    told.append(str(error))
-            else:
-                record = source.blank                                        # the run stops before it learns this
-            told.append("")
-            yield *record, rng
+        first = step * N + self.rank * B
+        for start in range(first, first + B, 16):
+            keys = [(stream, *at(p, self.seed, stream)) for p in range(start, min(start + 16, first + B))]
+            rngs = [generator(self.seed, *key) for key in keys]
+            some = [self.good(source, key, rng, told) for key, rng in zip(keys, rngs)]
+            yield from source.finish(some) if hasattr(source, "finish") else some
+
+    def good(self, source, key, rng, told):
+        """The record of key (stream, epoch, index), in place of a bad one the next good one: B never changes. `told`
+        receives "" for a good one, the reason for a bad one."""
+        for index in range(key[2], key[2] + TOLERATED + 1):
+            try:
+                record = source[index % len(source), rng]
+                break
+            except BadRecord as error:
+                told.append(str(error))
+                rng = generator(self.seed, *key)
+        else:
+            record = source.blank                                            # the run stops before it learns this
+        told.append("")
+        return *record, rng
 
     def hide(self, sentences, rngs):
         """[ids] -> Masked."""

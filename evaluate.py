@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import data
 import sources
+import transforms
 from demo import emoji
 from kernels.attention import running, take
 from losses import contrast, cross_view, fuse_pairs
@@ -66,8 +67,8 @@ def encode_images(model, images, device, batch):
     """PIL images -> View of I images."""
     size, views = model.config.image_size, []
     for first in range(0, len(images), batch):
-        part = np.stack([data.test_image(image, size) for image in images[first:first + batch]])
-        views.append(model.encode_image(data.normalise(torch.from_numpy(part).to(device)), None))
+        part = np.stack([transforms.test_image(image, size) for image in images[first:first + batch]])
+        views.append(model.encode_image(transforms.normalise(torch.from_numpy(part).to(device)), None))
     return join(views)
 
 
@@ -264,7 +265,7 @@ def explain(model, tokenizer, image):
           f"caption 0       {' '.join(words(s.words[:end]))}\n"
           f"  as numbers    {s.words[:end].tolist()}, rows 0 to {end - 1}\n"
           f"  some hidden   {' '.join(words(masked.words[:end]))}, hidden rows {m[hidden].tolist()}")
-    a = model.encode_image(data.normalise(image["images"]), image["ids"])
+    a = model.encode_image(transforms.normalise(image["images"]), image["ids"])
     b, blind = (model.encode_text(w, s.starts, image["ids"]) for w in (s.words, masked.words))
     print(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} "
           f"and one unit vector of {a.vectors.shape[1]}\n"

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import transforms
 from demo import emoji
 from records import (BROKEN, IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, ImageLines, PairLines, PlainText, Tar,
                      identity, indexed, undecoded, reason)
@@ -166,17 +167,24 @@ class Stream:
 
 
 class Images(Stream):
+    blank = transforms.Cut(np.zeros((1, 1, 4), np.uint8), False, []), "", 0
+
     def __init__(self, arguments, size, languages=(), cache=None, root=None):
         super().__init__(arguments, "images", languages, cache, root)
-        self.size, self.blank = size, (np.zeros((3, size, size), np.uint8), "", 0)
+        self.size = size
 
     def example(self, picture, said, rng):
-        """-> image (3, size, size) uint8, one of its captions, id. The language is drawn first, uniformly (F3.3)."""
+        """-> Cut, one of its captions, id. The language is drawn first, uniformly (F3.3)."""
         languages = self.spoken(said)
         texts = said[languages[rng.integers(len(languages))]]
         text = texts[rng.integers(len(texts))]
         with undecoded(picture) as image:
-            return data.train_image(image, self.size, rng), text, identity(picture)
+            return transforms.random_cut(image, self.size, rng), text, identity(picture)
+
+    def finish(self, records):
+        """[(Cut, ...)] -> [(image (3, size, size) uint8, ...)]."""
+        cuts, *rest = zip(*records)
+        return zip(transforms.train_images(cuts, self.size), *rest)
 
 
 class Pairs(Stream):
@@ -287,7 +295,7 @@ def open_image(path):
     try:
         with undecoded(path) as image:
             image.load()
-            return data.rgb(image)
+            return transforms.rgb(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -46,6 +46,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import sources
+import transforms
 from kernels.attention import running
 from losses import cross_view, total, world
 from model import PRESETS, Config, Fusion, View, parameter_groups
@@ -197,7 +198,7 @@ class Objective(nn.Module):
         if pair:
             batches += [pair["a"], pair["b"], pair["b"]._replace(words=pair["masked"].words)]
         caption, hidden, *texts = self.encode(batches)
-        picture = model.encode_image(data.normalise(image["images"]), image["ids"])
+        picture = model.encode_image(transforms.normalise(image["images"]), image["ids"])
         options = {"weights": self.weights, "condition": self.args.condition}
         losses = {"image": cross_view(model, picture, caption._replace(ids=image["ids"]), hidden.states,
                                       image["masked"].rows, image["masked"].truth, seed, **options)}

@@ -1,6 +1,7 @@
 """Every example exactly once per epoch, in one sequence, at any number of processes and workers and after any resume;
 bad records are replaced by the next good ones and counted."""
 import collections
+import contextlib
 import itertools
 
 import numpy as np
@@ -154,3 +155,21 @@ def test_equal_images_have_one_id_and_others_have_another(tmp_path):
     source = sources.Images([samples.lines(tmp_path / "a.jsonl", rows)], 32)
     ids = [source[i, np.random.default_rng(0)][2] for i in range(6)]
     assert ids[0] == ids[1] and ids[2] == ids[3] and len(set(ids)) == 3
+
+
+def test_images_finished_together_are_those_finished_alone_also_around_bad_records(tmp_path):
+    rows = [{"image": samples.base64.b64encode(samples.jpeg(i)).decode()[: -40 if i % 7 == 3 else None],
+             "caption": f"{i}"} for i in range(37)]
+    source = sources.Images([samples.lines(tmp_path / "a.jsonl", rows)], 32)
+    told, alone = [], []
+    batches = data.Batches(None, source, None, 37, 0, seed=5)
+    together = list(batches.examples(1, 0, told))
+    for p in range(37, 74):
+        epoch, index = source.at(p, 5, 0)
+        for i in range(index, index + 2):
+            with contextlib.suppress(BadRecord):
+                alone += source.finish([source[i % 37, data.generator(5, 0, epoch, index)]])
+                break
+    assert len(together) == len(alone) == 37 and len([why for why in told if why]) == sum(i % 7 == 3 for i in range(37))
+    for (image, text, thing, _), (image_alone, *rest) in zip(together, alone):
+        assert np.array_equal(image, image_alone) and [text, thing] == rest

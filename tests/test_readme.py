@@ -25,7 +25,7 @@ def test_every_file_is_within_the_budget_that_the_readme_prints():
 
 
 def test_the_top_level_is_small():
-    assert sum(lines(p) for p in ROOT.glob("*.py")) <= 3750
+    assert sum(lines(p) for p in ROOT.glob("*.py")) <= 3850
     assert all(lines(p) <= 200 for p in ROOT.glob("tests/*.py"))
     for path in [*FILES, *ROOT.glob("tests/*.py")]:
         assert all(len(line) <= 120 for line in path.read_text(encoding="utf-8").splitlines()), path
@@ -52,10 +52,10 @@ def test_every_path_and_flag_of_the_readmes_commands_exists():
 
 
 def test_imports_point_one_way():
-    """kernels <- model <- losses; files, records <- data <- sources <- doctor; layouts <- weights; evaluate above them;
-    train on top. Nothing runs at import."""
-    order = ["kernels", "demo", "model", "losses", "files", "records", "data", "sources", "doctor", "layouts",
-             "weights", "evaluate", "train"]
+    """kernels <- model <- losses; files, records, transforms <- data <- sources <- doctor; layouts <- weights; evaluate
+    above them; train on top. Nothing runs at import."""
+    order = ["kernels", "demo", "model", "losses", "files", "records", "transforms", "data", "sources", "doctor",
+             "layouts", "weights", "evaluate", "train"]
     for path in FILES:
         own = path.parent.name if path.parent != ROOT else path.stem
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -180,8 +180,7 @@ def test_an_image_in_any_mode_or_format_becomes_rgb(tmp_path):
         Image.new(mode, (50, 40), 9).save(out, kind)
         rows.append({"image": base64.b64encode(out.getvalue()).decode(), "caption": "x"})
     source = sources.Images([samples.lines(tmp_path / "a.jsonl", rows)], 32)
-    for i in range(len(rows)):
-        image, text, _ = source[i, data.generator(i)]
+    for image, text, _ in source.finish([source[i, data.generator(i)] for i in range(len(rows))]):
         assert image.shape == (3, 32, 32) and image.dtype == np.uint8 and text == "x"
 
 

@@ -11,10 +11,10 @@ import samples
 from conftest import ROOT
 from PIL import Image
 
-import data
 import doctor
 import records
 import sources
+import transforms
 
 
 def texts_or_reasons(reader):
@@ -162,7 +162,7 @@ def test_an_index_of_another_version_is_made_again(tmp_path):
 def test_sixteen_bits_of_grey_are_scaled(tmp_path):
     Image.new("I;16", (1, 1), 1 << 15).save(tmp_path / "x.png")
     for image in (Image.open(tmp_path / "x.png"), sources.open_image(tmp_path / "x.png")):
-        assert data.rgb(image).getpixel((0, 0)) == (128, 128, 128)
+        assert transforms.rgb(image).getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_line_breaks_in_base64_are_none(tmp_path):
