@@ -29,6 +29,7 @@ from records import TOLERATED, BadRecord
 from transforms import test_image
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3                                          # XLM-R's layout (F3.5)
+LONGEST = 64                                                                 # words of a sentence, <s> and </s> with it
 
 
 class Arguments(argparse.ArgumentParser):
@@ -68,7 +69,7 @@ class Tokenizer:
         self.size = len(self.pieces) + 2                                     # V
         self.mask = self.size - 1
 
-    def encode(self, text, longest=64):
+    def encode(self, text, longest=LONGEST):
         """-> ids with <s> and </s>, cut to `longest` (None: not at all)."""
         ids = [BOS] + [p + 1 if p else UNKNOWN for p in self.pieces.encode(text)]
         return ids[:longest and longest - 1] + [EOS]
@@ -234,7 +235,7 @@ def pack(sentences):
 class Batches(torch.utils.data.Dataset):
     """Item s is this process's part of step s: one image-text batch and one parallel batch (None without a stream)."""
 
-    def __init__(self, tokenizer, images, parallel, batch, text_batch, seed, rank=0, world=1, longest=64,
+    def __init__(self, tokenizer, images, parallel, batch, text_batch, seed, rank=0, world=1, longest=LONGEST,
                  mask_probability=0.4):
         self.tokenizer, self.images, self.parallel, self.seed, self.rank = tokenizer, images, parallel, seed, rank
         self.sizes, self.world, self.longest, self.mask_probability = (

@@ -23,7 +23,7 @@ from records import BROKEN, identity, undecoded, reason
 class Findings:
     """What the doctor saw of one source. Of images and texts it keeps a fingerprint of 8 bytes: millions fit."""
 
-    def __init__(self, readers, tokenizer, longest=64):
+    def __init__(self, readers, tokenizer, longest=data.LONGEST):
         self.readers, self.tokenizer, self.longest = readers, tokenizer, longest
         self.pairs = not readers[0].images
         self.spoken, self.per_record, self.lengths, self.formats = (collections.Counter() for _ in range(4))

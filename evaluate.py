@@ -74,7 +74,7 @@ def encode_images(model, images, device, batch):
 
 def encode_texts(model, tokenizer, texts, device, batch):
     """n texts -> View of the U different ones, shortest first (less padding), and each text's place in it (n,)."""
-    longest = min(64, model.text.longest)                                    # 64: what training cuts to
+    longest = min(data.LONGEST, model.text.longest)
     ids = [tuple(tokenizer.encode(text, longest)) for text in texts]
     order, views = sorted(set(ids), key=lambda x: (len(x), x)), []
     for first in range(0, len(order), batch):
@@ -348,7 +348,7 @@ def search_command(args, device, batch=256):
     page = ['<!doctype html><meta charset="utf-8"><title>Images by sentences</title>'
             "<style>figure {display: inline-block; vertical-align: top}</style>"]
     for query, *hits in zip(args.queries, scores.tolist(), best.tolist()):
-        cut = " (cut at 64 tokens)" * (len(tokenizer.encode(query, 65)) > 64)
+        cut = f" (cut at {data.LONGEST} tokens)" * (len(tokenizer.encode(query, None)) > data.LONGEST)
         print(query + cut)
         page.append(f'<h2 dir="auto">{html.escape(query + cut)}</h2>')
         for rank, (score, i) in enumerate(zip(*hits), 1):

@@ -6,7 +6,7 @@
     normalise        uint8 (B, 3, s, s) -> what a model takes
 
 Everything is uint8 in torch or NumPy: on one core several times as fast as float or as Pillow's own operations, and
-within two grey levels of Pillow's. What costs time, and what was tried: README, "Your data".
+within two grey levels of Pillow's. What it costs beside decoding: README, "Your data".
 """
 import contextlib
 import ctypes

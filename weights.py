@@ -144,9 +144,6 @@ def read_sources(paths, every_second=False, towers=()):
     return source
 
 
-LONGEST = 64                            # tokens of a sentence, where data.Tokenizer cuts it
-
-
 def settled(preset, source, changes, title):
     """The Config of a source: what it says, and where it says nothing heads 64 wide and MLPs four times the width, then
     the preset; `changes` win. ValueError names the setting that does not fit."""
@@ -165,9 +162,9 @@ def settled(preset, source, changes, title):
 
 def check_positions(config, title):
     """ValueError when a sentence as long as training and search make it would not fit."""
-    if config.positions - config.offset < LONGEST:
+    if config.positions - config.offset < data.LONGEST:
         raise ValueError(f"{title}: the position table has room for {config.positions - config.offset} tokens, and "
-                         f"sentences here have up to {LONGEST}: a longer one is needed")
+                         f"sentences here have up to {data.LONGEST}: a longer one is needed")
 
 
 def initialise(model, source):
