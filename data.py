@@ -29,7 +29,7 @@ from records import TOLERATED, BadRecord
 from transforms import test_image
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3                                          # XLM-R's layout (F3.5)
-LONGEST = 64                                                                 # words of a sentence, <s> and </s> with it
+LONGEST = 64                                                                 # tokens of a sentence, with <s> and </s>
 
 
 class Arguments(argparse.ArgumentParser):
@@ -250,7 +250,7 @@ class Batches(torch.utils.data.Dataset):
         first = step * N + self.rank * B
         for start in range(first, first + B, 16):
             keys = [(stream, *at(p, self.seed, stream)) for p in range(start, min(start + 16, first + B))]
-            rngs = [generator(self.seed, *key) for key in keys]
+            rngs = [generator(self.seed, *key) for key in keys]              # together: dearer between two images
             some = [self.good(source, key, rng, told) for key, rng in zip(keys, rngs)]
             yield from source.finish(some) if hasattr(source, "finish") else some
 

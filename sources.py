@@ -182,9 +182,9 @@ class Images(Stream):
             return transforms.random_cut(image, self.size, rng), text, identity(picture)
 
     def finish(self, records):
-        """[(Cut, ...)] -> [(image (3, size, size) uint8, ...)]."""
+        """Records with a Cut -> the same with its image (3, size, size) uint8."""
         cuts, *rest = zip(*records)
-        return zip(transforms.train_images(cuts, self.size), *rest)
+        return list(zip(transforms.train_images(cuts, self.size), *rest))
 
 
 class Pairs(Stream):

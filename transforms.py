@@ -5,8 +5,8 @@
     test_image       Pillow image -> resized
     normalise        uint8 (B, 3, s, s) -> what a model takes
 
-Everything is uint8 in torch or NumPy: on one core several times as fast as float or as Pillow's own operations, and
-within two grey levels of Pillow's. What it costs beside decoding: README, "Your data".
+Everything is uint8 in torch or NumPy: on one core several times as fast as Pillow's own operations and, on photos,
+within two grey levels of them. What it costs beside decoding: README, "Your data".
 """
 import contextlib
 import ctypes
@@ -16,26 +16,29 @@ import types
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # CLIP's (F3.7)
+SCALE = 0.2, 1.0                         # parts of an image's area that a crop may take
 
 
 class Cut(NamedTuple):
-    """The part of an image that an example shows, and how: resize and rand_augment make it ready."""
-    pixels: np.ndarray                  # (h, w, 4) uint8, the fourth is nothing
+    """The part of an image that an example shows, and what is still to be done to it."""
+    pixels: np.ndarray                  # (h, w, 4) uint8: red, green, blue and a byte of nothing
     mirrored: bool
     dice: list                          # of rand_augment
 
 
-def random_cut(image, size, rng, scale=(0.2, 1.0)):
-    """RandomResizedCrop's box of a Pillow image, decoded -> Cut."""
+def random_cut(image, size, rng):
+    """RandomResizedCrop's box of a Pillow image, decoded -> Cut. From 4 MB on it is made small at once: a large PNG,
+    which cannot be decoded small, shall not wait for others."""
     width, height = image.size
     x, y, w, h = 0, 0, width, height
     for part, shape, across, down in rng.random((10, 4)).tolist():           # ten tries of four dice
-        area, ratio = width * height * (scale[0] + part * (scale[1] - scale[0])), (4 / 3) ** (2 * shape - 1)
+        area, ratio = width * height * (SCALE[0] + part * (SCALE[1] - SCALE[0])), (4 / 3) ** (2 * shape - 1)
         wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < wide <= width and 0 < high <= height:
             x, y, w, h = int(across * (width - wide + 1)), int(down * (height - high + 1)), wide, high
@@ -43,14 +46,16 @@ def random_cut(image, size, rng, scale=(0.2, 1.0)):
     image.draft("RGB", (-(-width * size // w), -(-height * size // h)))      # a JPEG decodes at 1/2, 1/4 or 1/8 if the
     sx, sy = image.size[0] / width, image.size[1] / height                   # crop still has `size` pixels then
     rows, columns = slice(round(y * sy), round((y + h) * sy)), slice(round(x * sx), round((x + w) * sx))
+    pixels = memory(image := rgb(image))[rows, columns].copy()
     mirror, *dice = rng.random(3).tolist()
-    return Cut(memory(image := rgb(image))[rows, columns].copy(), mirror < 0.5, dice)
+    return Cut(pixels if pixels.nbytes < 1 << 22 else resize(pixels, size), mirror < 0.5, dice)
 
 
 def train_images(cuts, size):
     """Cuts -> their images as the model is trained on them, uint8 arrays (3, size, size). Several at a time: decoding
     fills the processor's cache with pixels, and the code of all that follows has to be fetched anew after it."""
-    small = [resize(cut.pixels, size, cut.mirrored) for cut in cuts]
+    small = [resize(cut.pixels, size)[:, ::-1 if cut.mirrored else 1, :3].transpose(2, 0, 1) for cut in cuts]
+    small = [torch.from_numpy(np.ascontiguousarray(image)) for image in small]
     return [rand_augment(image, cut.dice).numpy() for image, cut in zip(small, cuts)]
 
 
@@ -64,29 +69,30 @@ def rgb(image):
 pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi))
 Words = ctypes.c_int64 * 7               # Arrow's array: length, nulls, offset, how many buffers, children; then both
+SHARED = tuple(map(int, PIL.__version__.split(".")[:2])) >= (11, 3) and Image.core.get_alignment() == 1  # 11.2 leaks
 
 
 def memory(image):
     """RGB image -> uint8 (h, w, 4), red, green, blue and a byte of nothing: Pillow's own memory, to be read while the
     image lives. tobytes, crop and np.asarray copy it. Source: Arrow's C data interface, as Pillow fills it."""
-    image.load()
     shape = image.height, image.width, 4
-    with contextlib.suppress(AttributeError, ValueError):       # an old Pillow; over 16 MB, which may lie in pieces
-        capsule = image.__arrow_c_array__()[1]                  # h * w lists of four numbers, which are the child
-        pixels = Words.from_address(pointer(capsule, b"arrow_array"))
-        numbers = Words.from_address(Words.from_address(pixels[6])[0]) if pixels[4] == 1 else pixels
-        if (numbers[0], numbers[2], pixels[2]) == (math.prod(shape), 0, 0):
-            found = {"data": (Words.from_address(numbers[5])[1], True), "shape": shape, "typestr": "|u1", "version": 3}
-            return np.asarray(types.SimpleNamespace(__array_interface__=found))
+    with contextlib.suppress(ValueError):                                    # over 16 MB, which may lie in pieces
+        if SHARED:                                                           # h * w lists of four: their child
+            _, capsule = image.__arrow_c_array__()
+            lists = Words.from_address(pointer(capsule, b"arrow_array"))
+            numbers = Words.from_address(Words.from_address(lists[6])[0])
+            if (numbers[0], numbers[2], lists[2]) == (math.prod(shape), 0, 0):
+                place = Words.from_address(numbers[5])[1]
+                found = {"data": (place, True), "shape": shape, "typestr": "|u1", "version": 3}
+                return np.asarray(types.SimpleNamespace(__array_interface__=found))
     return np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8).reshape(shape)
 
 
-def resize(rows, size, mirrored=False):
-    """uint8 (h, w, 4) -> uint8 tensor (3, size, size): Pillow's antialiased bicubic in torch, several times as fast, at
-    most 1 away. Its fast way wants four bytes a pixel, next to each other from (1, h, w, 4) on."""
+def resize(rows, size):
+    """uint8 (h, w, 4) -> (size, size, 4): Pillow's antialiased bicubic in torch, several times as fast and on photos
+    within two grey levels. Its fast way wants four bytes a pixel, next to each other from (1, h, w, 4) on."""
     rows = torch.from_numpy(rows)[None].permute(0, 3, 1, 2)
-    small = F.interpolate(rows, (size, size), mode="bicubic", antialias=True)[0, :3].numpy()
-    return torch.from_numpy(np.ascontiguousarray(small[..., ::-1] if mirrored else small))
+    return F.interpolate(rows, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def test_image(image, size):

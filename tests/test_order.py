@@ -160,7 +160,7 @@ def test_equal_images_have_one_id_and_others_have_another(tmp_path):
 def test_images_finished_together_are_those_finished_alone_also_around_bad_records(tmp_path):
     rows = [{"image": samples.base64.b64encode(samples.jpeg(i)).decode()[: -40 if i % 7 == 3 else None],
              "caption": f"{i}"} for i in range(37)]
-    source = sources.Images([samples.lines(tmp_path / "a.jsonl", rows)], 32)
+    source = sources.Images([samples.lines(tmp_path / "a.jsonl", rows)], 48)
     told, alone = [], []
     batches = data.Batches(None, source, None, 37, 0, seed=5)
     together = list(batches.examples(1, 0, told))
@@ -168,8 +168,10 @@ def test_images_finished_together_are_those_finished_alone_also_around_bad_recor
         epoch, index = source.at(p, 5, 0)
         for i in range(index, index + 2):
             with contextlib.suppress(BadRecord):
-                alone += source.finish([source[i % 37, data.generator(5, 0, epoch, index)]])
+                rng = data.generator(5, 0, epoch, index)
+                alone += [(*record, rng) for record in source.finish([source[i % 37, rng]])]
                 break
     assert len(together) == len(alone) == 37 and len([why for why in told if why]) == sum(i % 7 == 3 for i in range(37))
-    for (image, text, thing, _), (image_alone, *rest) in zip(together, alone):
-        assert np.array_equal(image, image_alone) and [text, thing] == rest
+    for (image, *rest, rng), (image_alone, *rest_alone, rng_alone) in zip(together, alone):
+        assert image.shape == (3, 48, 48) and np.array_equal(image, image_alone) and rest == rest_alone
+        assert rng.random() == rng_alone.random()                            # masking goes on from here

@@ -11,6 +11,7 @@ import samples
 from conftest import ROOT
 from PIL import Image
 
+import data
 import doctor
 import records
 import sources
@@ -168,3 +169,10 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
 def test_line_breaks_in_base64_are_none(tmp_path):
     row = image_row("x") | {"image": base64.encodebytes(samples.jpeg(0)).decode()}
     assert records.ImageLines(samples.lines(tmp_path / "a.jsonl", [row])).record(0)[0] == samples.jpeg(0)
+
+
+def test_a_large_jpeg_is_not_decoded_smaller_than_the_size_that_is_asked_for(tmp_path):
+    rows = [{"image": base64.b64encode(samples.jpeg(0, 1600, 1200)).decode(), "caption": "x"}]
+    source = sources.Images([samples.lines(tmp_path / "a.jsonl", rows)], 200)
+    cuts = [source[0, data.generator(i)][0].pixels for i in range(9)]
+    assert all(200 <= min(cut.shape[:2]) for cut in cuts) and any(max(cut.shape[:2]) < 600 for cut in cuts)
