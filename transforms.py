@@ -16,48 +16,18 @@ import types
 from typing import NamedTuple
 
 import numpy as np
-import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # CLIP's (F3.7)
-SCALE = 0.2, 1.0                         # parts of an image's area that a crop may take
+SCALE, LEVEL = (0.2, 1.0), 0.7           # parts of an image's area that a crop may take; RandAugment's 7 of 10 (F3.7)
+LARGE = 1 << 22                          # bytes of a cut that does not wait for others
 
 
-class Cut(NamedTuple):
-    """The part of an image that an example shows, and what is still to be done to it."""
-    pixels: np.ndarray                  # (h, w, 4) uint8: red, green, blue and a byte of nothing
-    mirrored: bool
-    dice: list                          # of rand_augment
-
-
-def random_cut(image, size, rng):
-    """RandomResizedCrop's box of a Pillow image, decoded -> Cut. From 4 MB on it is made small at once: a large PNG,
-    which cannot be decoded small, shall not wait for others."""
-    width, height = image.size
-    x, y, w, h = 0, 0, width, height
-    for part, shape, across, down in rng.random((10, 4)).tolist():           # ten tries of four dice
-        area, ratio = width * height * (SCALE[0] + part * (SCALE[1] - SCALE[0])), (4 / 3) ** (2 * shape - 1)
-        wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < wide <= width and 0 < high <= height:
-            x, y, w, h = int(across * (width - wide + 1)), int(down * (height - high + 1)), wide, high
-            break
-    image.draft("RGB", (-(-width * size // w), -(-height * size // h)))      # a JPEG decodes at 1/2, 1/4 or 1/8 if the
-    sx, sy = image.size[0] / width, image.size[1] / height                   # crop still has `size` pixels then
-    rows, columns = slice(round(y * sy), round((y + h) * sy)), slice(round(x * sx), round((x + w) * sx))
-    pixels = memory(image := rgb(image))[rows, columns].copy()
-    mirror, *dice = rng.random(3).tolist()
-    return Cut(pixels if pixels.nbytes < 1 << 22 else resize(pixels, size), mirror < 0.5, dice)
-
-
-def train_images(cuts, size):
-    """Cuts -> their images as the model is trained on them, uint8 arrays (3, size, size). Several at a time: decoding
-    fills the processor's cache with pixels, and the code of all that follows has to be fetched anew after it."""
-    small = [resize(cut.pixels, size)[:, ::-1 if cut.mirrored else 1, :3].transpose(2, 0, 1) for cut in cuts]
-    small = [torch.from_numpy(np.ascontiguousarray(image)) for image in small]
-    return [rand_augment(image, cut.dice).numpy() for image, cut in zip(small, cuts)]
-
+# ------------------------------------------------------------------------------------------------------------------
+# Pixels
+# ------------------------------------------------------------------------------------------------------------------
 
 def rgb(image):
     """Pillow's convert("RGB"), but 16 bits of grey are scaled: convert clips them, nearly all to white."""
@@ -69,7 +39,6 @@ def rgb(image):
 pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi))
 Words = ctypes.c_int64 * 7               # Arrow's array: length, nulls, offset, how many buffers, children; then both
-SHARED = tuple(map(int, PIL.__version__.split(".")[:2])) >= (11, 3) and Image.core.get_alignment() == 1  # 11.2 leaks
 
 
 def memory(image):
@@ -77,48 +46,26 @@ def memory(image):
     image lives. tobytes, crop and np.asarray copy it. Source: Arrow's C data interface, as Pillow fills it."""
     shape = image.height, image.width, 4
     with contextlib.suppress(ValueError):                                    # over 16 MB, which may lie in pieces
-        if SHARED:                                                           # h * w lists of four: their child
-            _, capsule = image.__arrow_c_array__()
-            lists = Words.from_address(pointer(capsule, b"arrow_array"))
-            numbers = Words.from_address(Words.from_address(lists[6])[0])
-            if (numbers[0], numbers[2], lists[2]) == (math.prod(shape), 0, 0):
-                place = Words.from_address(numbers[5])[1]
-                found = {"data": (place, True), "shape": shape, "typestr": "|u1", "version": 3}
-                return np.asarray(types.SimpleNamespace(__array_interface__=found))
+        _, capsule = image.__arrow_c_array__()                               # h * w lists of four numbers: their child
+        lists = Words.from_address(pointer(capsule, b"arrow_array"))
+        numbers = Words.from_address(Words.from_address(lists[6])[0])
+        if numbers[0] == math.prod(shape):
+            place = Words.from_address(numbers[5])[1]
+            found = {"data": (place, True), "shape": shape, "typestr": "|u1", "version": 3}
+            return np.asarray(types.SimpleNamespace(__array_interface__=found))                     # (h, w, 4)
     return np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8).reshape(shape)
 
 
 def resize(rows, size):
     """uint8 (h, w, 4) -> (size, size, 4): Pillow's antialiased bicubic in torch, several times as fast and on photos
     within two grey levels. Its fast way wants four bytes a pixel, next to each other from (1, h, w, 4) on."""
-    rows = torch.from_numpy(rows)[None].permute(0, 3, 1, 2)
+    rows = torch.from_numpy(rows)[None].permute(0, 3, 1, 2)                         # (h, w, 4) -> (1, 4, h, w)
     return F.interpolate(rows, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def test_image(image, size):
-    """Resized without keeping the aspect, as published -> uint8 (3, size, size)."""
-    return pixels(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def pixels(image):
-    return np.asarray(rgb(image)).transpose(2, 0, 1)                         # (size, size, 3) -> (3, size, size)
-
-
-def normalise(images):
-    """uint8 (B, 3, s, s) -> float32, CLIP's mean and deviation."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) * 255 for x in (MEAN, STD))
-    return (images - mean) / std
-
-
-def rand_augment(image, dice, level=7):
-    """uint8 (3, s, s) -> the same: for each die in 0..1, one of ten operations, applied with probability 1/2 at `level`
-    of 10."""
-    for draw in dice:
-        operation, toss = divmod(int(4 * len(AUGMENT) * draw), 4)            # 0, 1: with this sign; 2, 3: not applied
-        if toss < 2:
-            image = AUGMENT[operation](image, level / 10, (1, -1)[toss])
-    return image
-
+# ------------------------------------------------------------------------------------------------------------------
+# RandAugment's operations: uint8 (3, s, s) -> the same
+# ------------------------------------------------------------------------------------------------------------------
 
 def stretch(image, factor):
     """factor * image, rounded; a float image is used up."""
@@ -185,3 +132,67 @@ AUGMENT = [
     lambda image, x, sign: shift(image, round(sign * 10 * x), 0),
     lambda image, x, sign: shift(image, 0, round(sign * 10 * x)),
 ]
+
+
+def rand_augment(image, dice):
+    """uint8 (3, s, s) -> the same: for each die in 0..1, one of ten operations, applied with probability 1/2."""
+    for draw in dice:
+        operation, toss = divmod(int(4 * len(AUGMENT) * draw), 4)            # 0, 1: with this sign; 2, 3: not applied
+        if toss < 2:
+            image = AUGMENT[operation](image, LEVEL, (1, -1)[toss])
+    return image
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# For training
+# ------------------------------------------------------------------------------------------------------------------
+
+class Cut(NamedTuple):
+    """The part of an image that an example shows, and what is still to be done to it."""
+    pixels: np.ndarray                  # (h, w, 4) uint8: red, green, blue and a byte of nothing
+    mirrored: bool
+    dice: list                          # of rand_augment
+
+
+def random_cut(image, size, rng):
+    """RandomResizedCrop's box of a Pillow image, decoded -> Cut. A large one is made small at once: fifteen PNGs, which
+    cannot be decoded small, would take much memory while they wait."""
+    width, height = image.size
+    x, y, w, h = 0, 0, width, height
+    for part, shape, across, down in rng.random((10, 4)).tolist():           # ten tries of four dice
+        area, ratio = width * height * (SCALE[0] + part * (SCALE[1] - SCALE[0])), (4 / 3) ** (2 * shape - 1)
+        wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < wide <= width and 0 < high <= height:
+            x, y, w, h = int(across * (width - wide + 1)), int(down * (height - high + 1)), wide, high
+            break
+    image.draft("RGB", (-(-width * size // w), -(-height * size // h)))      # a JPEG decodes at 1/2, 1/4 or 1/8 if the
+    sx, sy = image.size[0] / width, image.size[1] / height                   # crop still has `size` pixels then
+    rows, columns = slice(round(y * sy), round((y + h) * sy)), slice(round(x * sx), round((x + w) * sx))
+    image = rgb(image)                                                       # lives until its pixels are copied
+    pixels = memory(image)[rows, columns].copy()                             # (h, w, 4)
+    mirror, *dice = rng.random(3).tolist()
+    return Cut(pixels if pixels.nbytes < LARGE else resize(pixels, size), mirror < 0.5, dice)
+
+
+def train_images(cuts, size):
+    """Cuts -> their images as the model is trained on them, uint8 arrays (3, size, size). Several at a time: on
+    its own between two decodings this takes longer, as if they drove its code out of the processor's cache."""
+    small = [resize(cut.pixels, size)[:, ::-1 if cut.mirrored else 1, :3] for cut in cuts]          # (size, size, 3)
+    small = [torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1))) for x in small]           # (3, size, size)
+    return [rand_augment(image, cut.dice).numpy() for image, cut in zip(small, cuts)]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# For evaluation, and on the device
+# ------------------------------------------------------------------------------------------------------------------
+
+def test_image(image, size):
+    """Resized without keeping the aspect, as published -> uint8 (3, size, size)."""
+    small = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(rgb(small)).transpose(2, 0, 1)                         # (size, size, 3) -> (3, size, size)
+
+
+def normalise(images):
+    """uint8 (B, 3, s, s) -> float32, CLIP's mean and deviation."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    return (images - mean) / std
