@@ -12,11 +12,13 @@ iterator state to save.
 Letters: B sequences per process, W processes, N = W*B, T tokens in the packed batch, M masked tokens, V vocabulary.
 
     python data.py                   one example of each stream of the demo, in words
-    python data.py PATH ...          the data doctor, see doctor.py; python data.py tokenizer makes a tokenizer
+    python data.py PATH ...          the data doctor: what these files hold and what is wrong (formats/doctor.py)
+    python data.py tokenizer ...     makes a tokenizer from texts
 """
 import argparse
 import functools
 import io
+import pathlib
 import sys
 from typing import NamedTuple
 
@@ -25,8 +27,10 @@ import sentencepiece
 import torch
 
 from demo import emoji
-from records import TOLERATED, BadRecord
-from transforms import test_image
+from formats import doctor
+from formats.images import test_image
+from formats.records import TOLERATED, BadRecord, reason
+from formats.sources import Images, Pairs
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3                                          # XLM-R's layout (F3.5)
 LONGEST = 64                                                                 # tokens of a sentence, with <s> and </s>
@@ -246,13 +250,18 @@ class Batches(torch.utils.data.Dataset):
         their source leaves to finish (decoded images) is faster done together."""
         source, N = (self.images, self.parallel)[stream], self.sizes[stream]
         B, n = N // self.world, len(source)
-        at = getattr(source, "at", lambda *where: example_at(where[0], n, *where[1:]))
+        locate = getattr(source, "locate", lambda position: (position, 0, n))
         first = step * N + self.rank * B
         for start in range(first, first + B, 16):
-            keys = [(stream, *at(p, self.seed, stream)) for p in range(start, min(start + 16, first + B))]
+            keys = [self.key(stream, *locate(p)) for p in range(start, min(start + 16, first + B))]
             rngs = [generator(self.seed, *key) for key in keys]              # together: dearer between two images
             some = [self.good(source, key, rng, told) for key, rng in zip(keys, rngs)]
             yield from source.finish(some) if hasattr(source, "finish") else some
+
+    def key(self, stream, position, first, n):
+        """-> (stream, epoch, index) of a position in the stream of n records that begin at index `first`."""
+        epoch, index = example_at(position, n, self.seed, stream)
+        return stream, epoch, first + index
 
     def good(self, source, key, rng, told):
         """The record of key (stream, epoch, index), in place of a bad one the next good one: B never changes. `told`
@@ -299,13 +308,86 @@ class Batches(torch.utils.data.Dataset):
         return [x if len(x) <= self.longest else x[:self.longest - 1] + [EOS] for x in ids]
 
 
-if __name__ == "__main__":
-    if sys.argv[1:]:
-        import doctor                                                        # it stands above this file
-        sys.stdout.reconfigure(errors="backslashreplace")                    # a name or caption in any bytes
-        sys.exit(doctor.main())
+# ------------------------------------------------------------------------------------------------------------------
+# What train.py asks for
+# ------------------------------------------------------------------------------------------------------------------
+
+def load_tokenizer(path):
+    if not path:
+        raise ValueError("your own data need --tokenizer FILE: XLM-R's sentencepiece.bpe.model, or one made by "
+                         "`python data.py tokenizer --texts FILES --out spm.model`")
+    try:
+        return Tokenizer(pathlib.Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a tokenizer ({reason(error)}): take XLM-R's sentencepiece.bpe.model, or make "
+                         f"one with python data.py tokenizer") from None
+
+
+def streams(args, size):
+    """Settings of train.py -> images with captions, and parallel text or None."""
+    images = parallel = None
+    if args.images in (None, ["demo"]):
+        images = DemoImages(scenes=args.scenes, keywords=args.keywords, size=size)
+    else:
+        images = Images(args.images, size, args.languages, args.cache, args.image_root)
+    if args.parallel_text and (args.texts == ["demo"] or not args.images):
+        parallel = DemoParallel(scenes=args.text_scenes)
+    elif args.parallel_text and args.texts:
+        parallel = Pairs(args.texts, args.languages, args.cache)
+    return images, parallel
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Commands
+# ------------------------------------------------------------------------------------------------------------------
+
+def tokenizer_command(args):
+    try:
+        made = train_tokenizer(doctor.every_text(args.texts, args.cache), args.vocab)
+    except RuntimeError as error:
+        raise ValueError(f"no tokenizer of {args.vocab} pieces comes from these texts ({reason(error)})") from None
+    pathlib.Path(args.out).write_bytes(made.model)
+    print(f"wrote {args.out}: vocabulary {made.size:,}" + (
+        f", as these texts hold no {args.vocab:,} pieces" if made.size < args.vocab else ""))
+    return 0
+
+
+def doctor_command(args):
+    encode = args.tokenizer and functools.partial(load_tokenizer(args.tokenizer).encode, longest=None)
+    return doctor.doctor(args.paths, encode, LONGEST, args.cache, args.image_root)
+
+
+def main(argv=None):
+    """The command line -> exit status: 0, 1 when something is broken, 2 after one line on a mistake."""
+    words = sys.argv[1:] if argv is None else argv
+    training = words[:1] == ["tokenizer"]
+    parser = Arguments(prog="data.py" + " tokenizer" * training, description=doctor.__doc__,
+                       formatter_class=argparse.RawDescriptionHelpFormatter)
+    if training:
+        parser.add_argument("--texts", nargs="+", required=True, help="sources of any kind")
+        parser.add_argument("--vocab", type=int, default=8000, help="pieces (default: 8000)")
+        parser.add_argument("--out", default="spm.model", help="file (default: spm.model)")
+    else:
+        parser.add_argument("paths", nargs="+", metavar="PATH", help="sources")
+        parser.add_argument("--tokenizer", help="sentencepiece model, to count tokens (default: None)")
+        parser.add_argument("--image_root", help="folder of images named by JSON lines (default: that of the file)")
+    parser.add_argument("--cache", help="folder for the indices (default: beside the data)")
+    args = parser.parse_args(words[training:])
+    try:
+        return (tokenizer_command if training else doctor_command)(args)
+    except (ValueError, OSError) as error:
+        return refused(error)
+
+
+def show_example():
+    """One example of each stream of the demo, in words."""
     tokenizer = demo_tokenizer()
     image, pair = Batches(tokenizer, DemoImages(), DemoParallel(), 2, 2, seed=0)[0]
     print("images    ", tuple(image["images"].shape))
     for name, x in (("caption", image["b"]), ("masked", image["masked"]), ("a", pair["a"]), ("b", pair["b"])):
         print(f"{name:10}", " ".join(tokenizer.words(x.words)))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")                        # a name or caption in any bytes
+    sys.exit(main() if sys.argv[1:] else show_example())

@@ -16,12 +16,8 @@ read the same are equally right.
 Letters: I images, n captions of a language, U different texts among them, K candidates, R pairs, T tokens, D width.
 
     python evaluate.py retrieval --ckpt out/ckpt.pt --data demo:test_style --json scores.json
-    python evaluate.py search --ckpt out/ckpt.pt --images photos/ "two dogs and a ball" "zwei Hunde und ein Ball"
 """
 import argparse
-import base64
-import html
-import io
 import json
 import os
 import pathlib
@@ -32,10 +28,10 @@ import torch
 from tqdm import tqdm
 
 import data
-import sources
-import transforms
 from demo import emoji
-from kernels.attention import running, take
+from formats.images import normalise, test_image
+from formats.sources import evaluation_rows
+from kernels.packed import running, take
 from losses import contrast, cross_view, fuse_pairs
 from model import View
 from weights import load_model
@@ -43,7 +39,6 @@ from weights import load_model
 GROUPS = {"seen": "seen with images", "text_only": "only in parallel text", "never": "never in training"}
 TEST_SETS = ("test_style", "test_concept", "test_scenes")
 LOG_ODDS_WEIGHT = 0.25                                                       # of match head's log-odds in re-ranking
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")                                # what `search` takes for an image
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -67,8 +62,8 @@ def encode_images(model, images, device, batch):
     """PIL images -> View of I images."""
     size, views = model.config.image_size, []
     for first in range(0, len(images), batch):
-        part = np.stack([transforms.test_image(image, size) for image in images[first:first + batch]])
-        views.append(model.encode_image(transforms.normalise(torch.from_numpy(part).to(device)), None))
+        part = np.stack([test_image(image, size) for image in images[first:first + batch]])
+        views.append(model.encode_image(normalise(torch.from_numpy(part).to(device)), None))
     return join(views)
 
 
@@ -175,7 +170,7 @@ def false_caption_scores(model, texts, images, true, false, batch):
 
 @torch.inference_mode()
 def retrieval(model, tokenizer, rows, languages=None, rerank=16, device="cpu", batch=256, progress=False, trained=()):
-    """rows of sources.evaluation_set -> {language: {key: %}}: keys of results.json, *_equal, n captions, images.
+    """rows of evaluation_set -> {language: {key: %}}: keys of results.json, *_equal, n captions, images.
     Candidates: images with a caption in the language. rerank: K, 0 for none. batch: texts or images; 8 x as many pairs.
     trained: languages of training, for new_t2i_r1, R@1 of the new_n captions that no other of them shares."""
     present = list(dict.fromkeys(k for row in rows for k, texts in row["captions"].items() if texts))
@@ -265,7 +260,7 @@ def explain(model, tokenizer, image):
           f"caption 0       {' '.join(words(s.words[:end]))}\n"
           f"  as numbers    {s.words[:end].tolist()}, rows 0 to {end - 1}\n"
           f"  some hidden   {' '.join(words(masked.words[:end]))}, hidden rows {m[hidden].tolist()}")
-    a = model.encode_image(transforms.normalise(image["images"]), image["ids"])
+    a = model.encode_image(normalise(image["images"]), image["ids"])
     b, blind = (model.encode_text(w, s.starts, image["ids"]) for w in (s.words, masked.words))
     print(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} "
           f"and one unit vector of {a.vectors.shape[1]}\n"
@@ -298,12 +293,23 @@ def explain(model, tokenizer, image):
 # Commands
 # ------------------------------------------------------------------------------------------------------------------
 
+def check_target(file):
+    """ValueError before the work, not after it, when an output file cannot be written."""
+    if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        raise ValueError(f"{file} cannot be written")
+
+
+def evaluation_set(name):
+    """'demo:SPLIT' or a JSON-lines file -> list of {"image": RGB image, "captions": {language: [text, ...]}, ...}."""
+    return emoji.split(name[5:]) if name.startswith("demo:") else evaluation_rows(name)
+
+
 def retrieval_command(args, device):
     if args.rerank < 0:
         raise ValueError("--rerank must be 0 (none) or more")
     model, tokenizer = load(args.ckpt, device)
     trained = emoji.languages("seen") + emoji.languages("text_only") if args.data.startswith("demo:") else ()
-    scores = retrieval(model, tokenizer, sources.evaluation_set(args.data), args.languages, args.rerank, device,
+    scores = retrieval(model, tokenizer, evaluation_set(args.data), args.languages, args.rerank, device,
                        progress=sys.stderr.isatty(), trained=trained)
     groups = group_means(scores) if trained else {}
     means = {f"{GROUPS[group]} ({x['languages']})": x for group, x in groups.items() if x["languages"] > 1}
@@ -314,79 +320,21 @@ def retrieval_command(args, device):
         print(f"\nwrote {args.json}")
 
 
-def read_images(files):
-    """-> (the files that can be read, their images, what was wrong with the others)"""
-    read, wrong = [], []
-    for file in files:
-        try:
-            read.append((file, sources.open_image(file)))
-        except ValueError as error:
-            wrong.append(str(error))
-    return [file for file, _ in read], [image for _, image in read], wrong
-
-
-@torch.inference_mode()
-def search_command(args, device, batch=256):
-    files = sorted(f for f in args.images.iterdir() if f.suffix.lower() in SUFFIXES) if args.images.is_dir() else []
-    if not files:
-        raise ValueError(f"{args.images} is not a folder with images ({' '.join(SUFFIXES)})")
-    if args.top < 1:
-        raise ValueError(f"--top {args.top} must be at least 1")
-    for query in args.queries:
-        if not query.strip() or query != query.encode(errors="ignore").decode():
-            raise ValueError(f"query {query!r} is empty or not UTF-8")
-    model, tokenizer = load(args.ckpt, device)
-    parts = [read_images(files[i:i + batch]) for i in range(0, len(files), batch)]
-    files, wrong = ([x for part in parts for x in part[k]] for k in (0, 2))
-    if not files:
-        raise ValueError(f"no image in {args.images} can be read: {wrong[0]}")
-    for reason in wrong:
-        print("left out:", reason, file=sys.stderr)
-    images = torch.cat([encode_images(model, part[1], device, batch).vectors for part in parts if part[1]])
-    texts, place = encode_texts(model, tokenizer, args.queries, device, batch)
-    scores, best = (texts.vectors @ images.T)[place].topk(min(args.top, len(files)), 1)
-    page = ['<!doctype html><meta charset="utf-8"><title>Images by sentences</title>'
-            "<style>figure {display: inline-block; vertical-align: top}</style>"]
-    for query, *hits in zip(args.queries, scores.tolist(), best.tolist()):
-        cut = f" (cut at {data.LONGEST} tokens)" * (len(tokenizer.encode(query, None)) > data.LONGEST)
-        print(query + cut)
-        page.append(f'<h2 dir="auto">{html.escape(query + cut)}</h2>')
-        for rank, (score, i) in enumerate(zip(*hits), 1):
-            print(f"{rank:4}  {score:6.3f}  {files[i]}")
-            image, out = sources.open_image(files[i]), io.BytesIO()
-            image.thumbnail((160, 160))
-            image.save(out, "PNG")
-            page.append(f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
-                        f"<figcaption>{rank}. {html.escape(files[i].name)} {score:.3f}</figcaption></figure>")
-    args.html.write_text("\n".join(page), encoding="utf-8")             # one file: the pictures are inside
-    print(f"\nwrote {args.html}")
-
-
 def main(argv=None):
     """The command line -> exit status; a user's mistake is one line and status 2."""
-    style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}      # every option's help ends in its default
     parser = data.Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="{retrieval,search}")
-    score = commands.add_parser("retrieval", help="recall per language, both directions", **style)
+    commands = parser.add_subparsers(required=True, metavar="{retrieval}")
+    score = commands.add_parser("retrieval", help="recall per language, both directions",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     score.set_defaults(run=retrieval_command)
-    score.add_argument("--data", default="demo:test_style", help="demo:SPLIT or a JSON-lines file, see sources.py")
+    score.add_argument("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
+    score.add_argument("--data", default="demo:test_style", help="demo:SPLIT or a JSON-lines file (docs/data.md)")
     score.add_argument("--rerank", type=int, default=16, metavar="K", help="candidates to re-rank; 0: none")
     score.add_argument("--languages", nargs="+", help="only these; None: all that occur")
     score.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write all numbers there, as in results.json")
-    find = commands.add_parser("search", help="images of a folder by sentences", **style)
-    find.set_defaults(run=search_command)
-    find.add_argument("queries", nargs="+", help="sentences in any language")
-    find.add_argument("--images", type=pathlib.Path, required=True, metavar="DIR", default=argparse.SUPPRESS,
-                      help="folder of " + " ".join(SUFFIXES))
-    find.add_argument("--top", type=int, default=5, help="images per query")
-    find.add_argument("--html", type=pathlib.Path, default="gallery.html", metavar="FILE", help="the gallery")
-    for command in (score, find):
-        command.add_argument("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
     args = parser.parse_args(argv)
-    target = args.json if args.run is retrieval_command else args.html
     try:
-        if target and (target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK)):
-            raise ValueError(f"{target} cannot be written")                  # said before the work, not after it
+        check_target(args.json)
         args.run(args, "cuda" if torch.cuda.is_available() else "cpu")
     except (ValueError, OSError) as error:
         return data.refused(error)

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from kernels.attention import running
 from kernels.contrastive import contrastive
+from kernels.packed import running
 from model import PRESETS, CCLM, View, wide
 
 # ------------------------------------------------------------------------------------------------------------------

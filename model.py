@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import Gather, attention, running, take
+from kernels.attention import attention
+from kernels.packed import Gather, running, take
 
 # ------------------------------------------------------------------------------------------------------------------
 # What is configured

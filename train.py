@@ -5,7 +5,7 @@
     python train.py --init_text xlmr/ --init_vision beit2.pth   start from published encoders (weights.py)
     python train.py --no-parallel_text --out out/ablation       image-text alone: what the parallel text is worth
     python train.py --explain                                   one example through every station, with real numbers
-    python train.py --images 'cc3m/*.tar' --texts 'wikimatrix/*.tsv' --tokenizer spm.model      your data: sources.py
+    python train.py --images 'cc3m/*.tar' --texts 'wikimatrix/*.tsv' --tokenizer spm.model      your data: docs/data.md
 
 One step is one image-text batch and one parallel-text batch through one model, the sum of both streams' losses, one
 backward and one update. out/ receives ckpt.pt, log.csv (one row per step) and results.json.
@@ -45,12 +45,13 @@ from tqdm import tqdm
 
 import data
 import evaluate
-import sources
-import transforms
-from kernels.attention import running
+from formats.checkpoints import read_checkpoint, write_checkpoint
+from formats.images import normalise
+from formats.sources import Faults
+from kernels.packed import running
 from losses import cross_view, total, world
 from model import PRESETS, Config, Fusion, View, parameter_groups
-from weights import read_checkpoint, starting_point, write_checkpoint
+from weights import starting_point
 
 # ------------------------------------------------------------------------------------------------------------------
 # Settings (the FREE ones may differ on resume)
@@ -198,7 +199,7 @@ class Objective(nn.Module):
         if pair:
             batches += [pair["a"], pair["b"], pair["b"]._replace(words=pair["masked"].words)]
         caption, hidden, *texts = self.encode(batches)
-        picture = model.encode_image(transforms.normalise(image["images"]), image["ids"])
+        picture = model.encode_image(normalise(image["images"]), image["ids"])
         options = {"weights": self.weights, "condition": self.args.condition}
         losses = {"image": cross_view(model, picture, caption._replace(ids=image["ids"]), hidden.states,
                                       image["masked"].rows, image["masked"].truth, seed, **options)}
@@ -326,7 +327,7 @@ def tower_norms(objective):
 
 def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopping, told):
     """Forward, backward, update -> (row for the log, was it skipped, shall we stop, are too many records bad). Every
-    process decides the same. told: of sources.Faults.note."""
+    process decides the same. told: of Faults.note."""
     image, pair = batch
     factor = lr_at(step, args)
     for group in optimizer.param_groups:
@@ -391,7 +392,7 @@ def prepare(args, device):
     if args.compile:
         for part in (model.vision, model.text, model.fusion):
             part.compile(dynamic=True)
-    images, parallel = sources.streams(args, model.config.image_size)
+    images, parallel = data.streams(args, model.config.image_size)
     records = [len(images), len(parallel or ())]
     if state and state["config"].get("records", records) != records:
         say(f"the data changed: {state['config']['records']} records then, {records} now, from here on in a new order")
@@ -437,7 +438,7 @@ def train(args, device, run):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     bar = tqdm(total=args.steps, initial=step, disable=world()[0] > 0 or not sys.stderr.isatty(), unit="step")
     objective.train()
-    faults, skipped, in_a_row, clock = sources.Faults(world()[0]), 0, 0, time.perf_counter()
+    faults, skipped, in_a_row, clock = Faults(world()[0]), 0, 0, time.perf_counter()
     for batch in prepared(loader):
         told = faults.note(batch)
         batch = to_device(batch, device)
@@ -505,7 +506,7 @@ def finish(args, device, run, step):
         pathlib.Path(args.out, "results.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         evaluate.print_table(report)
         say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: "
-            f'python evaluate.py search --ckpt {args.out}/ckpt.pt --images DIR "a dog"')
+            f'python search.py --ckpt {args.out}/ckpt.pt --images DIR "a dog"')
 
 
 def main(argv=None):
@@ -518,7 +519,7 @@ def main(argv=None):
             pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
         run = prepare(args, device)
         if args.explain:
-            sources.Faults().note(batch := run.batches[0])
+            Faults().note(batch := run.batches[0])
             evaluate.explain(run.objective.model.eval(), run.tokenizer, to_device(batch[0], device))
         else:
             finish(args, device, run, train(args, device, run))

@@ -1,7 +1,7 @@
 """Weights in and out: published models and encoders become checkpoints of train.py, and these go out as safetensors.
 
 A source is a published file, or a folder with one, its sentencepiece.bpe.model and, where it has one, its config.json.
-files.py reads it, as plain data that cannot run code; layouts.py recognises it; every tensor is accounted for (used as,
+formats/checkpoints.py reads it, as plain data that cannot run code; formats/layouts.py recognises it; every tensor is accounted for (used as,
 unused because, missing -> initialised how), or it is an error.
 
     python weights.py out/ckpt.pt                                    what a checkpoint holds
@@ -21,10 +21,10 @@ from dataclasses import asdict, fields, replace
 import torch
 
 import data
-import sources
-from files import read_checkpoint, read_pickle, read_safetensors, write_checkpoint, write_safetensors
-from layouts import PARTS, Source, check_sizes, fit, merge, part, report, text_encoder, translate
-from model import CCLM, Config, build
+from formats.checkpoints import read_checkpoint, read_pickle, read_safetensors, write_checkpoint, write_safetensors
+from formats.layouts import (PARTS, Source, check_sizes, fit, merge, part, patches, report, text_encoder,
+                             translate)
+from model import CCLM, Config, build, relative_index
 
 # ------------------------------------------------------------------------------------------------------------------
 # Import
@@ -95,6 +95,13 @@ def told(source, path):
     return known | ({"fusion_heads": known["text_heads"]} if "fusion_heads" in source.fields and known else {})
 
 
+def check_patch_order(tensors):
+    """ValueError when a file numbers its pairs of patches in another way than model.relative_index."""
+    for name, tensor in tensors.items():
+        if name.endswith("relative_position_index") and not torch.equal(tensor, relative_index(patches(tensor))):
+            raise ValueError(f"{name} is not BEiT's order of patches")
+
+
 def read_source(path, every_second=False):
     """A published file, a folder with one, or a checkpoint or export of ours -> Source; its tensors map the file."""
     path = pathlib.Path(path)
@@ -119,6 +126,7 @@ def read_source(path, every_second=False):
     if "temperature" in tensors:
         return own_source(path, tensors, known_fields(read_settings(settings), settings), tokenizer)
     try:
+        check_patch_order(tensors)
         source = translate(tensors, every_second)
         return source._replace(tokenizer=tokenizer, fields=source.fields | told(source, settings))
     except ValueError as error:
@@ -185,7 +193,7 @@ def starting_point(path, state, flags):
     changes = {field.name: flags[field.name] for field in fields(Config) if flags.get(field.name) is not None}
     preset, named = flags["preset"], [name for name in INITS if flags[name]]
     paths, own_data = [flags[name] for name in named], bool(flags.get("images"))
-    given = (lambda: sources.load_tokenizer(flags["tokenizer"])) if own_data else data.demo_tokenizer
+    given = (lambda: data.load_tokenizer(flags["tokenizer"])) if own_data else data.demo_tokenizer
     if not state and not paths:
         check_sizes(changes, "the command line")
         tokenizer = given()

@@ -10,6 +10,7 @@ import torch
 
 import data
 import evaluate
+import search
 import train
 import weights
 from model import CCLM, build
@@ -31,7 +32,7 @@ def test_a_mistake_is_one_line_and_status_2_of_the_command():
 
 @pytest.mark.parametrize("main, words, said", [
     (train.main, ["--stpes", "3"], "--stpes"), (train.main, ["--step", "3"], "--step"),
-    (evaluate.main, ["search"], "--ckpt"), (evaluate.main, ["serach"], "serach")])
+    (search.main, ["dog"], "--ckpt"), (evaluate.main, ["retreival"], "retreival")])
 def test_no_flag_is_guessed_and_a_missing_one_is_named(capsys, main, words, said):
     with pytest.raises(SystemExit) as end:
         main(words)
@@ -39,7 +40,7 @@ def test_no_flag_is_guessed_and_a_missing_one_is_named(capsys, main, words, said
     assert end.value.code == 2 and said in error and len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("main, words", [(train.main, []), (evaluate.main, ["retrieval"]), (evaluate.main, ["search"])])
+@pytest.mark.parametrize("main, words", [(train.main, []), (evaluate.main, ["retrieval"]), (search.main, [])])
 def test_every_command_has_help_with_defaults(capsys, main, words):
     with pytest.raises(SystemExit) as end:
         main([*words, "--help"])

@@ -6,15 +6,15 @@ import pathlib
 import subprocess
 import sys
 
-import bench_data
-import fault_campaign
+from campaigns import bench_data
+from campaigns import faults
 import numpy as np
 import pytest
 import samples
 
 import data
-import doctor
-import records
+from formats import doctor
+from formats import records
 import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def told(capsys, *words):
     """-> (exit status, {label: what stands there, joined}) of the doctor."""
-    status, found, label = doctor.main([str(w) for w in words]), {}, None
+    status, found, label = data.main([str(w) for w in words]), {}, None
     for line in capsys.readouterr().out.splitlines():
         label = line[:18].strip() or label
         found[label] = " ".join((found.get(label, "") + " " + line[18:]).split())                # as if not wrapped
@@ -66,7 +66,7 @@ def test_broken_records_are_named_with_file_record_and_reason_and_give_status_1(
 
 @pytest.mark.parametrize("words, said", [(["NONE"], "no such file"), (["README.md.zip"], "no such file")])
 def test_a_mistake_is_one_line_and_status_2(capsys, words, said):
-    assert doctor.main(words) == 2
+    assert data.main(words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0]
 
@@ -83,14 +83,14 @@ def test_data_py_is_the_command(tmp_path):
 def test_the_tokenizer_command_makes_one_that_reads_the_texts(tmp_path, capsys):
     folder = samples.multi30k(tmp_path, 60)
     out = tmp_path / "spm.model"
-    assert doctor.main(["tokenizer", "--texts", str(folder / "train.*"), "--vocab", "300", "--out", str(out)]) == 0
+    assert data.main(["tokenizer", "--texts", str(folder / "train.*"), "--vocab", "300", "--out", str(out)]) == 0
     made = data.Tokenizer(out.read_bytes())
     text = samples.PHRASES["de"].format(7)
     assert made.pieces.decode([i - 1 for i in made.encode(text)[1:-1]]) == text
     assert "no 9,000 pieces" not in capsys.readouterr().out
-    assert doctor.main(["tokenizer", "--texts", str(folder / "train.*"), "--vocab", "9000", "--out", str(out)]) == 0
+    assert data.main(["tokenizer", "--texts", str(folder / "train.*"), "--vocab", "9000", "--out", str(out)]) == 0
     assert "hold no 9,000 pieces" in capsys.readouterr().out
-    assert doctor.main(["tokenizer", "--texts", str(folder / "train.*"), "--vocab", "9", "--out", str(out)]) == 2
+    assert data.main(["tokenizer", "--texts", str(folder / "train.*"), "--vocab", "9", "--out", str(out)]) == 2
     assert "no tokenizer of 9 pieces" in capsys.readouterr().err
 
 
@@ -114,7 +114,7 @@ def test_the_layouts_of_others_pass_the_doctor_and_train(tmp_path, capsys, token
             status, found = told(capsys, plain, *(more if "--image_root" in more else []))
             assert status == 0 and found["broken"] == "none", found
     words = ["--images", *images, *(["--texts", *texts] if texts else []), "--tokenizer", tmp_path / "spm.model",
-             "--out", tmp_path / "out", *fault_campaign.TINY, *more, "--steps", "4", "--workers", "0"]
+             "--out", tmp_path / "out", *faults.TINY, *more, "--steps", "4", "--workers", "0"]
     assert train.main([str(w) for w in words]) == 0
     out = capsys.readouterr().out
     assert "step 4 of 4 is done" in out and not (tmp_path / "out" / "results.json").exists()
@@ -125,8 +125,8 @@ def test_the_layouts_of_others_pass_the_doctor_and_train(tmp_path, capsys, token
 def test_memory_does_not_grow_with_the_number_of_records(tmp_path):
     """200,000 pairs beside 2,000, each in a process of its own; the full sizes are bench_data.py memory's."""
     code = """if 1:
-        import resource, sys, sources, data
-        source = sources.Pairs([sys.argv[1]])
+        import resource, sys, data
+        source = data.Pairs([sys.argv[1]])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         n = len(source)
         for position in range(3000):
@@ -142,7 +142,7 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path):
 
 
 def test_the_doctor_keeps_eight_bytes_of_an_image_and_of_a_text(tmp_path, capsys):
-    found = doctor.Findings([sources_reader(tmp_path)], None)
+    found = doctor.Findings([sources_reader(tmp_path)], None, 64)
     for i in range(len(found.readers[0])):
         found.look(found.readers[0], i, data.generator(0))
     assert found.things.itemsize * len(found.things) == 8 * 50 and len(found.top) == 10 and len(found.samples) == 3
@@ -152,19 +152,15 @@ def sources_reader(folder):
     return records.Columns(str(bench_data.write_pairs(folder / "a.tsv", 0, 50)))
 
 
-class Letters:
-    """A tokenizer whose tokens are letters."""
-    encode = staticmethod(lambda text, longest: text)
-
-
 @pytest.mark.parametrize("rows, said", [
     ([("a", "b" * 64), ("c", "d" * 65), ("e", "e" * 64), ("f", "a")], ["12.50 % are cut", "0 of 8 texts"]),
     ([("a", "bb")], ["median 1,"])])
 def test_the_numbers_at_their_edges(tmp_path, capsys, rows, said):
-    """64 is not cut, 65 is; the same text in two languages is no duplicate; the median of 1 and 2 is 1."""
+    """64 is not cut, 65 is; the same text in two languages is no duplicate; the median of 1 and 2 is 1.
+    Tokens are letters."""
     (tmp_path / "a.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
     reader = records.Columns(str(tmp_path / "a.tsv"))
-    found = doctor.Findings([reader], Letters())
+    found = doctor.Findings([reader], list, 64)
     for i in range(len(rows)):
         found.look(reader, i, data.generator(0))
     found.report("x")
@@ -176,7 +172,7 @@ def test_samples_come_from_everywhere():
     counts = np.zeros(40)
     for seed in range(400):
         rng = np.random.default_rng(seed)
-        found = doctor.Findings([records.Reader], None)
+        found = doctor.Findings([records.Reader], None, 64)
         for i in range(40):
             found.add(str(i), b"", [("en", "x")], rng)
         for where, _ in found.samples:
@@ -187,4 +183,4 @@ def test_samples_come_from_everywhere():
 def test_an_empty_file_is_broken(tmp_path, capsys):
     (tmp_path / "a.tsv").write_text("a\tb\n")
     (tmp_path / "b.tsv").write_text("")
-    assert doctor.main([f"{tmp_path}/*.tsv"]) == 1 and "b.tsv: no records" in capsys.readouterr().out
+    assert data.main([f"{tmp_path}/*.tsv"]) == 1 and "b.tsv: no records" in capsys.readouterr().out

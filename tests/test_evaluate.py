@@ -9,7 +9,8 @@ import torch
 
 import data
 import evaluate
-import transforms
+import search
+from formats import images
 from demo import emoji
 from model import CCLM, PRESETS
 
@@ -45,8 +46,8 @@ def checkpoint(tokenizer, tmp_path_factory):
 def one_pair(model, tokenizer, image, text):     # (cosine, match logit, sum) without packs, memory, sources or rows
     words, starts = data.pack([tokenizer.encode(text)])
     b = model.encode_text(words, starts, None)
-    pixels = torch.from_numpy(transforms.test_image(image, model.config.image_size).copy())[None]
-    a = model.encode_image(transforms.normalise(pixels), None)
+    pixels = torch.from_numpy(images.test_image(image, model.config.image_size).copy())[None]
+    a = model.encode_image(images.normalise(pixels), None)
     fused = model.fuse(b.states, b.starts, a.states, a.starts)
     cosine, (no, yes) = float(a.vectors @ b.vectors.T), model.itm_head(fused[0]).tolist()
     return cosine, yes, cosine / model.temperature.item() + (yes - no) / 4
@@ -161,8 +162,8 @@ def test_the_report_has_every_language_and_group_and_prints(tokenizer, capsys):
 def test_search_prints_a_ranking_and_writes_one_safe_file(checkpoint, tmp_path, capsys):
     for i, row in enumerate(emoji.split("val")[:4]):
         row["image"].save(tmp_path / f"{i}.png")
-    command = f"search --ckpt {checkpoint} --images {tmp_path} --top 3 --html {tmp_path}/g.html <b>dog</b> Hund"
-    assert evaluate.main(command.split()) == 0
+    command = f"--ckpt {checkpoint} --images {tmp_path} --top 3 --html {tmp_path}/g.html <b>dog</b> Hund"
+    assert search.main(command.split()) == 0
     out, page = capsys.readouterr().out, (tmp_path / "g.html").read_text(encoding="utf-8")
     assert len(re.findall(r"^   [123]  [ -]0\.\d{3}  .*\.png$", out, re.M)) == 6
     assert out.endswith(f"wrote {tmp_path}/g.html\n")
@@ -195,6 +196,7 @@ def test_a_mistake_is_one_line_and_status_2(mistake, checkpoint, tmp_path, capsy
     state = torch.load(checkpoint, weights_only=True)
     state["config"]["model"]["width"] = 64
     torch.save(state, tmp_path / "other.pt")
-    assert evaluate.main(mistake[19:].format(c=checkpoint, d=tmp_path).split()) == 2
+    name, *words = mistake[19:].format(c=checkpoint, d=tmp_path).split()
+    assert (search.main(words) if name == "search" else evaluate.main([name, *words])) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1, err

@@ -1,4 +1,4 @@
-"""What breaks while training: one clear line, nothing lost. A slice of fault_campaign.py and of kill_campaign.py."""
+"""What breaks while training: one clear line, nothing lost. A slice of campaigns/faults.py and kills.py."""
 import multiprocessing
 import os
 import pathlib
@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 
-import fault_campaign
-import kill_campaign
+from campaigns import faults
+from campaigns import kills
 import pytest
 import samples
 import torch
@@ -29,7 +29,7 @@ def test_damaged_shards_read_as_a_naive_parse_reads_them(tmp_path, tokenizer, nu
     for number in numbers:
         folder = tmp_path / str(number)
         folder.mkdir()
-        what, bad = fault_campaign.one_corruption(number, folder, tokenizer)
+        what, bad = faults.one_corruption(number, folder, tokenizer)
         damaged += bad > 0 or "refused" in what
         shutil.rmtree(folder)
     assert damaged > 4
@@ -37,7 +37,7 @@ def test_damaged_shards_read_as_a_naive_parse_reads_them(tmp_path, tokenizer, nu
 
 def settings(folder, out, *more):
     return ["--out", str(out), "--images", str(folder / "a.tar"), "--tokenizer", str(folder / "spm.model"),
-            *fault_campaign.TINY, "--dropout", "0.1", "--steps", "12", "--save_every", "2", "--workers", "0", *more]
+            *faults.TINY, "--dropout", "0.1", "--steps", "12", "--save_every", "2", "--workers", "0", *more]
 
 
 def last_line(capsys, status, *said):
@@ -49,13 +49,13 @@ def last_line(capsys, status, *said):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Files, and an uninterrupted run on them."""
-    folder = kill_campaign.prepare(tmp_path_factory.mktemp("whole"))
+    folder = kills.prepare(tmp_path_factory.mktemp("whole"))
     assert train.main(settings(folder, folder / "whole")) == 0
     return folder
 
 
 def forked(folder, out, rank, port, die_at=None):
-    """One of two processes as torchrun starts them, but forked (kill_campaign.py uses torchrun) -> its pid."""
+    """One of two processes as torchrun starts them, but forked (campaigns/kills.py uses torchrun) -> its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -90,7 +90,7 @@ def test_one_of_two_killed_processes_is_told_in_one_line_and_the_run_resumes_bit
     assert told.count("error: ") == told.count("error: another process of this run died") == 1 and "Trace" not in told
     assert torch.load(tmp_path / "killed" / "ckpt.pt", weights_only=True)["step"] == 6
     assert two(whole, tmp_path / "killed") == [0, 0]
-    kill_campaign.same(tmp_path / "killed", tmp_path / "whole", 12)
+    kills.same(tmp_path / "killed", tmp_path / "whole", 12)
 
 
 def test_a_killed_worker_is_told_in_one_line_and_another_number_of_workers_resumes_bitwise(tmp_path, whole, capfd,
@@ -108,7 +108,7 @@ def test_a_killed_worker_is_told_in_one_line_and_another_number_of_workers_resum
     assert capfd.readouterr().err.strip().splitlines()[-1].startswith("error: another process of this run died")
     monkeypatch.undo()
     assert train.main(settings(whole, tmp_path / "out", "--workers", "3")) == 0
-    kill_campaign.same(tmp_path / "out", whole / "whole", 12)
+    kills.same(tmp_path / "out", whole / "whole", 12)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
@@ -125,7 +125,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
 
 
 def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on_when_there_is_room(tmp_path):
-    folder, out = kill_campaign.prepare(tmp_path), tmp_path / "out"
+    folder, out = kills.prepare(tmp_path), tmp_path / "out"
     assert train.main(settings(folder, out, "--stop_after", "4")) == 0
     before = (out / "ckpt.pt").read_bytes()
     limit = len(before) // 2
@@ -144,7 +144,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on_when_there_is_room(
 
 def test_a_shard_that_is_deleted_during_training_ends_the_run_and_can_be_put_back(tmp_path, capsys, monkeypatch):
     """An open file stays readable, so the shard is deleted before it was opened: one of two is gone after step 3."""
-    folder = kill_campaign.prepare(tmp_path)
+    folder = kills.prepare(tmp_path)
     samples.write_tar(folder / "b.tar", 30, first=100)
     given = ["--images", str(folder / "*.tar")]
     after = train.train_step
@@ -152,7 +152,7 @@ def test_a_shard_that_is_deleted_during_training_ends_the_run_and_can_be_put_bac
     def step(*args):
         if args[4] == 3:
             (folder / "b.tar").rename(folder / "moved")
-            sys.modules["records"].opened.cache_clear()                      # as with more shards than files kept open
+            sys.modules["formats.records"].opened.cache_clear()                      # as with more shards than files kept open
         return after(*args)
 
     monkeypatch.setattr(train, "train_step", step)
@@ -191,7 +191,7 @@ def test_a_mistake_in_a_source_is_told_as_itself_and_leaves_no_worker_waiting(tm
         raise error("my own mistake")
 
     monkeypatch.setattr(data.DemoImages, "__getitem__", broken)
-    flags = ["--out", str(tmp_path), *kill_campaign.TINY, "--patch_size", "8", "--image_size", "64"]
+    flags = ["--out", str(tmp_path), *kills.TINY, "--patch_size", "8", "--image_size", "64"]
     if error is ValueError:
         last_line(capsys, train.main(flags), "error: ValueError: my own mistake")
     else:

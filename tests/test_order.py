@@ -10,8 +10,8 @@ import samples
 import torch
 
 import data
-import sources
-from records import BadRecord
+from formats import sources
+from formats.records import BadRecord
 
 
 class Numbers:
@@ -21,7 +21,7 @@ class Numbers:
     def __init__(self, n, bad=(), shares=None):
         self.n, self.bad = n, set(bad)
         if shares:
-            self.shares, self.at = shares, lambda *key: sources.Stream.at(self, *key)
+            self.shares, self.locate = shares, lambda position: sources.Stream.locate(self, position)
 
     def __len__(self):
         return self.n
@@ -79,7 +79,8 @@ def test_weights_give_each_source_its_share_and_its_own_epochs(tmp_path, weights
     source = sources.Pairs([f"{tmp_path}/{k}.tsv={w}" for k, w in enumerate(weights)])
     total, starts, sequence = sum(map(float, weights)), [0, *itertools.accumulate(sizes)], collections.defaultdict(list)
     for position in range(2000):
-        _, index = source.at(position, 1, 0)
+        place, first, n = source.locate(position)
+        index = first + data.example_at(place, n, 1, 0)[1]
         k = max(k for k in range(len(sizes)) if starts[k] <= index)
         sequence[k].append(index - starts[k])
         for j, weight in enumerate(weights):                                 # at every point, not only at last
@@ -165,7 +166,7 @@ def test_images_finished_together_are_those_finished_alone_also_around_bad_recor
     batches = data.Batches(None, source, None, 37, 0, seed=5)
     together = list(batches.examples(1, 0, told))
     for p in range(37, 74):
-        epoch, index = source.at(p, 5, 0)
+        epoch, index = data.example_at(p, 37, 5, 0)
         for i in range(index, index + 2):
             with contextlib.suppress(BadRecord):
                 rng = data.generator(5, 0, epoch, index)

@@ -7,7 +7,8 @@ import torch
 import data
 import losses
 import reference
-from kernels.attention import attention_torch, running
+from kernels.attention import attention_torch
+from kernels.packed import running
 from model import CCLM, PRESETS
 
 TINY = dataclasses.replace(PRESETS["demo"], width=32, embedding=16, dropout=0.0, image_size=32, patch_size=16,

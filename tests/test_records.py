@@ -14,8 +14,8 @@ import samples
 from PIL import Image
 
 import data
-import records
-import sources
+from formats import images, records
+from formats import sources
 
 
 def all_records(reader):
@@ -28,7 +28,7 @@ def reasons(reader):
     for i in range(len(reader)):
         try:
             picture, _ = reader.record(i)
-            records.undecoded(picture).load()
+            images.undecoded(picture).load()
         except records.BROKEN as error:
             found[i] = records.reason(error)
     return found

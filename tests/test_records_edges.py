@@ -12,10 +12,9 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-import doctor
-import records
-import sources
-import transforms
+from formats import records
+from formats import sources
+from formats import images
 
 
 def texts_or_reasons(reader):
@@ -47,14 +46,14 @@ def test_half_a_surrogate_pair_is_one_bad_record(tmp_path, capsys):
     rows = [image_row(caption) for caption in ("x", {"en": "\ud800"}, {"\ud800": "x"}, {"\ud800": ""})]
     rows.append({"image": "\ud800.jpg", "caption": "x"})
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert doctor.main([str(tmp_path / "a.jsonl")]) == 1
+    assert data.main([str(tmp_path / "a.jsonl")]) == 1
     said = capsys.readouterr().out
     assert "broken           4 records" in said and all(f"line {i}: " in said for i in (2, 3, 4, 5))
 
 
 def test_a_full_disk_leaves_no_index_and_says_so(tmp_path):
     (tmp_path / "a.tsv").write_text("a\tb\n" * 5000)
-    code = (f"import resource, signal, records; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code = (f"import resource, signal; from formats import records; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
             f"try: records.Columns({str(tmp_path / 'a.tsv')!r})\n"
             f"except ValueError as error: print(error)")
@@ -81,7 +80,7 @@ def test_a_literal_name_goes_before_a_pattern_and_nothing_is_one_line(tmp_path):
     for name in ("[1].tsv", "1.tsv"):
         (tmp_path / name).write_text("a\tb\n")
     assert sources.parse(f"{tmp_path}/[1].tsv")[0] == [f"{tmp_path}/[1].tsv"]
-    assert doctor.main([""]) == 2 and doctor.main([f"{tmp_path}/1.tsv=0"]) == 2
+    assert data.main([""]) == 2 and data.main([f"{tmp_path}/1.tsv=0"]) == 2
 
 
 def test_a_folder_is_read_without_what_lies_beside_the_data(tmp_path):
@@ -102,9 +101,9 @@ def test_parallel_text_has_two_languages(tmp_path, names):
 @pytest.mark.parametrize("first", ["", "\n" * 7, "{broken", '{"captions": {"en": "no image"}}'])
 def test_a_bad_first_line_does_not_change_what_a_file_is(tmp_path, capsys, first):
     (tmp_path / "a.jsonl").write_text(first + "\n" + json.dumps(image_row("image")) + "\n")
-    assert doctor.main([str(tmp_path / "a.jsonl")]) == 1 and "JPEG 1" in capsys.readouterr().out
+    assert data.main([str(tmp_path / "a.jsonl")]) == 1 and "JPEG 1" in capsys.readouterr().out
     (tmp_path / "b.jsonl").write_text('{"text": {"en": "image", "de": "Bild"}}\n')
-    assert doctor.main([str(tmp_path / "b.jsonl")]) == 0
+    assert data.main([str(tmp_path / "b.jsonl")]) == 0
 
 
 def test_the_name_of_a_file_of_images_names_no_two_languages(tmp_path):
@@ -114,7 +113,7 @@ def test_the_name_of_a_file_of_images_names_no_two_languages(tmp_path):
 
 def test_the_doctor_counts_no_format_of_an_image_that_ends_too_early(tmp_path, capsys):
     row = image_row("x") | {"image": base64.b64encode(samples.jpeg(0)[:-300]).decode()}
-    assert doctor.main([samples.lines(tmp_path / "a.jsonl", [image_row("x"), row])]) == 1
+    assert data.main([samples.lines(tmp_path / "a.jsonl", [image_row("x"), row])]) == 1
     assert "JPEG 1" in capsys.readouterr().out
 
 
@@ -162,8 +161,8 @@ def test_an_index_of_another_version_is_made_again(tmp_path):
 
 def test_sixteen_bits_of_grey_are_scaled(tmp_path):
     Image.new("I;16", (1, 1), 1 << 15).save(tmp_path / "x.png")
-    for image in (Image.open(tmp_path / "x.png"), sources.open_image(tmp_path / "x.png")):
-        assert transforms.rgb(image).getpixel((0, 0)) == (128, 128, 128)
+    for image in (Image.open(tmp_path / "x.png"), images.open_image(tmp_path / "x.png")):
+        assert images.rgb(image).getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_line_breaks_in_base64_are_none(tmp_path):

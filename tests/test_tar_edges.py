@@ -4,8 +4,8 @@ import tarfile
 
 import samples
 
-import records
-import sources
+from formats import records
+from formats import sources
 
 
 def test_a_member_of_whole_blocks_a_key_twice_and_txt_beside_json(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import weights
-from kernels.attention import running
+from kernels.packed import running
 from losses import cross_view
 from model import CCLM, Config
 

@@ -9,7 +9,7 @@ import torch
 
 import data
 import evaluate
-import files
+from formats import checkpoints
 import train
 import weights
 from model import CCLM, Config, build
@@ -73,7 +73,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_safetensors_keep_every_dtype_and_shape(tmp_path):
-    tensors = {str(dtype): (torch.arange(6) % 2).to(dtype).view(2, 3) for dtype in files.DTYPES.values()}
+    tensors = {str(dtype): (torch.arange(6) % 2).to(dtype).view(2, 3) for dtype in checkpoints.DTYPES.values()}
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "strided": torch.arange(12.0).view(3, 4).T}
     weights.write_safetensors(tmp_path / "a.safetensors", tensors)
     back = weights.read_safetensors(tmp_path / "a.safetensors")

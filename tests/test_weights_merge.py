@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-import layouts
+from formats import layouts
 import weights
 from model import CCLM, build
 from published import beit, clip, lm_head, random, single_stack, x2vlm, xlmr

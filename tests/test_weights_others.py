@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import layouts
+from formats import layouts
 import weights
-from kernels.attention import running
+from kernels.packed import running
 from model import CCLM, Config
 
 SIZES = ["tiny", "base"] if os.environ.get("CCLM_BASE") else ["tiny"]

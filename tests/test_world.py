@@ -23,7 +23,6 @@ def worker(out, dtype, spm):
     import data
     import losses
     import train
-    import transforms
     from model import CCLM, build
     torch.set_num_threads(1)
     train.start_processes()
@@ -46,8 +45,8 @@ def worker(out, dtype, spm):
     train.cross_view = cross_view
     image, pair = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 8, 16, seed=3, rank=rank, world=W)[0]
     image["ids"][:] = torch.arange(rank * (8 // W), (rank + 1) * (8 // W)) // 3      # some are the same thing
-    plain_normalise = transforms.normalise
-    transforms.normalise = lambda images: plain_normalise(images).to(dtype)
+    plain_normalise = train.normalise
+    train.normalise = lambda images: plain_normalise(images).to(dtype)
     wrapped = torch.nn.parallel.DistributedDataParallel(objective) if W > 1 else objective
     got = wrapped(image, pair, seed=1)
     got["loss"].backward()

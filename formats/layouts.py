@@ -6,7 +6,7 @@ do not tell: LayerNorm's epsilon, the offset of positions, a tied decoder. Sourc
     CCLM-X2VLM, CCLM-3M/4M (6 + 6 layers in one stack), English X2VLM: each with any image encoder below in it
     XLM-R (transformers);  BEiT-2 (its authors', timm);  ViT and DeiT (timm);  CLIP's image side (transformers, CCLM)
 
-    python layouts.py         the layouts, and what each holds
+    python -m formats.layouts         the layouts, and what each holds
 """
 import collections
 import fnmatch
@@ -18,8 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from model import relative_index
 
 # ------------------------------------------------------------------------------------------------------------------
 # The layouts
@@ -180,9 +178,6 @@ def translate(tensors, every_second=False):
         name = full.removeprefix("vision_encoder.")
         ours = our_names(name, layout, split, step, layers)
         reason = why(layout.unused, name, *ours)
-        index = name.endswith("relative_position_index")
-        if index and not torch.equal(tensor, relative_index(patches(tensor))):
-            raise ValueError(f"{full} is not BEiT's order of patches")
         if not reason and any(new in weights for new in ours):
             if not torch.equal(weights[ours[0]], tensor):
                 raise ValueError(f"{full} and another tensor both are our {ours[0]}, with different numbers")

@@ -2,7 +2,7 @@
 torchrun, to a process that prepares batches. Each time: the checkpoint is whole or absent, who survives says one clear
 line and does not hang, and the same command ends bitwise where an uninterrupted run ends, log and skipped counts too.
 
-    python tests/kill_campaign.py 30
+    python tests/campaigns/kills.py 30
 """
 import csv
 import functools
@@ -17,7 +17,7 @@ import time
 
 import torch
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import data                                                                  # noqa: E402

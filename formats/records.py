@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -33,7 +32,6 @@ from tqdm import tqdm
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "binary", "img_path"), ("captions", "caption", "desc", "sentences")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")       # what a path may lead to; others (EPS) start programs
 LARGEST = 1 << 28                                     # bytes of a record: longer is no record but a broken file
 BROKEN = (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, SyntaxError, OverflowError, RecursionError,
           struct.error, zlib.error, Image.DecompressionBombError)            # what bad bytes make json and Pillow raise
@@ -397,11 +395,6 @@ def captions(value, names):
     if not said:
         raise ValueError("no text")
     return said
-
-
-def undecoded(picture):
-    """Bytes or a path -> image, not yet decoded. Pillow's limit against decompression bombs stays on."""
-    return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS)
 
 
 def identity(raw):

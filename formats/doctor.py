@@ -1,30 +1,29 @@
 """The data doctor: reads every record of some sources, says what is there and what is wrong; exit status 1 if anything
-is broken. And a tokenizer from the same sources. How a source is written: sources.py; what files may hold: records.py.
+is broken. And a tokenizer from the same sources. How a source is written: formats/sources.py; what files may hold:
+formats/records.py.
 
     python data.py cc3m/*.tar wikimatrix/*.tsv --tokenizer spm.model
     python data.py tokenizer --texts wikimatrix/*.tsv --vocab 8000 --out spm.model
 """
-import argparse
 import array
 import collections
 import heapq
-import pathlib
 import sys
 import textwrap
 
 import numpy as np
 from tqdm import tqdm
 
-import data
-import sources
-from records import BROKEN, identity, undecoded, reason
+from formats import sources
+from formats.images import undecoded
+from formats.records import BROKEN, identity, reason
 
 
 class Findings:
     """What the doctor saw of one source. Of images and texts it keeps a fingerprint of 8 bytes: millions fit."""
 
-    def __init__(self, readers, tokenizer, longest=data.LONGEST):
-        self.readers, self.tokenizer, self.longest = readers, tokenizer, longest
+    def __init__(self, readers, encode, longest):
+        self.readers, self.encode, self.longest = readers, encode, longest
         self.pairs = not readers[0].images
         self.spoken, self.per_record, self.lengths, self.formats = (collections.Counter() for _ in range(4))
         self.things, self.texts = array.array("q"), array.array("q")
@@ -53,7 +52,7 @@ class Findings:
         self.spoken.update({k for k, _ in texts})
         self.per_record[len(texts)] += 1
         for language, text in texts:
-            size = len(self.tokenizer.encode(text, None)) if self.tokenizer else len(text)
+            size = len(self.encode(text) if self.encode else text)
             self.lengths[size] += 1
             self.texts.append(identity(f"{language} {text}".encode("utf-8", "surrogatepass")))
             if len(self.top) < 10 or size > self.top[0][0]:
@@ -76,9 +75,9 @@ class Findings:
                 marks |= {share: value for share in (50, 90, 99) if share not in marks and seen >= total * share / 100}
             cut = sum(n for value, n in self.lengths.items() if value > self.longest)
             known = f"; {100 * cut / total:.2f} % are cut at {self.longest}"
-            show("tokens" if self.tokenizer else "characters",
+            show("tokens" if self.encode else "characters",
                  f"median {marks[50]}, 90 % up to {marks[90]}, 99 % up to {marks[99]}, longest {values[-1]}"
-                 + (known if self.tokenizer else " (--tokenizer FILE counts tokens and how many texts are cut)"))
+                 + (known if self.encode else " (--tokenizer FILE counts tokens and how many texts are cut)"))
             show("exact duplicates", f"{repeated(self.things):,} of {len(self.things):,} "
                  f"{'pairs' if self.pairs else 'images'}, {repeated(self.texts):,} of {len(self.texts):,} texts")
             for i, (length, where, language, text) in enumerate(sorted(self.top, reverse=True)):
@@ -104,15 +103,16 @@ def repeated(fingerprints):
     return len(fingerprints) - len(np.unique(np.asarray(fingerprints)))
 
 
-def doctor(args):
-    """-> exit status: 1 if a record is broken."""
-    tokenizer, rng, broken = args.tokenizer and sources.load_tokenizer(args.tokenizer), np.random.default_rng(0), 0
-    for argument, files, names, _ in sources.parse_all(args.paths):
-        readers = sources.open_readers(files, names, None, None, args.cache, args.image_root)
+def doctor(arguments, encode, longest, cache, image_root):
+    """Prints the findings of every source -> exit status: 1 if a record is broken. encode: text -> its tokens, or None;
+    longest: how many of them training reads."""
+    rng, broken = np.random.default_rng(0), 0
+    for argument, files, names, _ in sources.parse_all(arguments):
+        readers = sources.open_readers(files, names, None, None, cache, image_root)
         for kind in (True, False):                                           # a folder may hold both
             part = [r for r in readers if r.images == kind]
             if part:
-                found = Findings(part, tokenizer)
+                found = Findings(part, encode, longest)
                 every = ((reader, i) for reader in part for i in range(len(reader)))
                 for reader, i in tqdm(every, total=sum(map(len, part)), leave=False, disable=not sys.stderr.isatty()):
                     found.look(reader, i, rng)
@@ -123,48 +123,15 @@ def doctor(args):
     return 1 if broken else 0
 
 
-def tokenizer_command(args, most=2_000_000):
-    """Trains one on texts of all languages alike; of many records every second, third ..."""
-    readers = [r for argument, files, names, _ in sources.parse_all(args.texts)
-               for r in sources.open_readers(files, names, None, None, args.cache, None)]
+def every_text(arguments, cache, most=2_000_000):
+    """The texts of some sources in all languages alike; of many records every second, third ... Broken ones are passed
+    over: the doctor names them."""
+    readers = [r for argument, files, names, _ in sources.parse_all(arguments)
+               for r in sources.open_readers(files, names, None, None, cache, None)]
     every = max(1, sum(map(len, readers)) // most)
-
-    def texts():
-        for reader in readers:
-            for i in tqdm(range(0, len(reader), every), desc=reader.path, leave=False,
-                          disable=not sys.stderr.isatty()):
-                try:
-                    yield from (text for group in reader.texts(i).values() for text in group)
-                except BROKEN:
-                    continue                                                 # the doctor names them
-
-    try:
-        made = data.train_tokenizer(texts(), args.vocab)
-    except RuntimeError as error:
-        raise ValueError(f"no tokenizer of {args.vocab} pieces comes from these texts ({reason(error)})") from None
-    pathlib.Path(args.out).write_bytes(made.model)
-    print(f"wrote {args.out}: vocabulary {made.size:,}" + (
-        f", as these texts hold no {args.vocab:,} pieces" if made.size < args.vocab else ""))
-    return 0
-
-
-def main(argv=None):
-    """The command line of data.py -> exit status: 0, 1 when something is broken, 2 after one line on a mistake."""
-    words = sys.argv[1:] if argv is None else argv
-    training = words[:1] == ["tokenizer"]
-    parser = data.Arguments(prog="data.py" + " tokenizer" * training, description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    if training:
-        parser.add_argument("--texts", nargs="+", required=True, help="sources of any kind")
-        parser.add_argument("--vocab", type=int, default=8000, help="pieces (default: 8000)")
-        parser.add_argument("--out", default="spm.model", help="file (default: spm.model)")
-    else:
-        parser.add_argument("paths", nargs="+", metavar="PATH", help="sources")
-        parser.add_argument("--tokenizer", help="sentencepiece model, to count tokens (default: None)")
-        parser.add_argument("--image_root", help="folder of images named by JSON lines (default: that of the file)")
-    parser.add_argument("--cache", help="folder for the indices (default: beside the data)")
-    args = parser.parse_args(words[training:])
-    try:
-        return (tokenizer_command if training else doctor)(args)
-    except (ValueError, OSError) as error:
-        return data.refused(error)
+    for reader in readers:
+        for i in tqdm(range(0, len(reader), every), desc=reader.path, leave=False, disable=not sys.stderr.isatty()):
+            try:
+                yield from (text for group in reader.texts(i).values() for text in group)
+            except BROKEN:
+                continue

@@ -1,5 +1,6 @@
-"""Images: what is cut out of one, resized and augmented for training; the whole of it, resized, for evaluation (F3.7).
+"""Images: opened without being decoded; what is cut out of one, resized and augmented for training; the whole of it, resized, for evaluation (F3.7).
 
+    undecoded        bytes or a path -> Pillow image; open_image decodes it, to RGB
     random_cut       Pillow image -> Cut: the box that RandomResizedCrop draws, decoded, and the dice of what follows
     train_images     Cuts -> resized, mirrored, RandAugment
     test_image       Pillow image -> resized
@@ -11,6 +12,7 @@ within two grey levels of them. What it costs beside decoding: README, "Your dat
 import contextlib
 import ctypes
 import functools
+import io
 import math
 import types
 from typing import NamedTuple
@@ -23,6 +25,7 @@ from PIL import Image
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # CLIP's (F3.7)
 SCALE, LEVEL = (0.2, 1.0), 0.7           # parts of an image's area that a crop may take; RandAugment's 7 of 10 (F3.7)
 LARGE = 1 << 22                          # bytes of a cut that does not wait for others
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")       # what a path may lead to; others (EPS) start programs
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -34,6 +37,23 @@ def rgb(image):
     if image.mode.startswith("I;16"):
         image = image.point(lambda grey: grey / 256).convert("L")
     return image if image.mode == "RGB" else image.convert("RGB")            # convert copies even where nothing changes
+
+
+def undecoded(picture):
+    """Bytes or a path -> image, not yet decoded. Pillow's limit against decompression bombs stays on."""
+    return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS)
+
+
+def open_image(path):
+    """RGB image of a file; ValueError that names the file when it is missing or no image."""
+    try:
+        with undecoded(path) as image:
+            image.load()
+            return rgb(image)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
 pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(

@@ -4,7 +4,7 @@ its place and renamed.
     {"model": state dict, "optimizer": ..., "step": int, "rng": [one per process], "tokenizer": sentencepiece's bytes,
      "config": {"model": the fields of model.Config, "train": the settings of train.py}}
 
-    python files.py FILE ...        the tensors in a file, with their shapes
+    python -m formats.checkpoints FILE ...        the tensors in a file, with their shapes
 """
 import argparse
 import json

@@ -1,8 +1,8 @@
 """How fast and how large is reading? Numbers for the README; nothing here is a test.
 
-    python tests/bench_data.py index [--megabytes 2000]        building the index: GB/min and records/s of each kind
-    python tests/bench_data.py images [--photos DIR]           224 px images/s on one core, beside Pillow decoding alone
-    python tests/bench_data.py memory --dir BIG [--pairs 5000000 --pictures 1000000]
+    python tests/campaigns/bench_data.py index [--megabytes 2000]        building the index: GB/min and records/s of each kind
+    python tests/campaigns/bench_data.py images [--photos DIR]           224 px images/s on one core, beside Pillow decoding alone
+    python tests/campaigns/bench_data.py memory --dir BIG [--pairs 5000000 --pictures 1000000]
                                                                resident memory of training, beside 10,000 records
 """
 import argparse
@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import data                                                                  # noqa: E402
-import records                                                               # noqa: E402
-import sources                                                               # noqa: E402
+from formats import records                                                               # noqa: E402
+from formats import sources                                                               # noqa: E402
 
 TRAIN = ("--steps 40 --log_every 40 --batch 32 --text_batch 64 --width 32 --vision_layers 1 --vision_hidden 64 "
          "--text_hidden 64 --fusion_hidden 64 --image_size 32 --no-eval --workers 1").split()

@@ -4,7 +4,7 @@ A source is FILE, FOLDER or GLOB, then @en or @de,en where the file does not nam
 where several share a stream: 'cc3m/*.tar@en=0.7'. Without weights they are read as one long list, each record once per
 epoch; with weights each source has its own epochs. What a file may hold: records.py.
 
-    python data.py PATH ...     doctor.py says what is there and what is wrong with it
+    python data.py PATH ...     the doctor says what is there and what is wrong with it
 """
 import bisect
 import collections
@@ -17,14 +17,11 @@ import re
 from fractions import Fraction
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-import data
-import transforms
-from demo import emoji
-from records import (BROKEN, IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, ImageLines, PairLines, PlainText, Tar,
-                     identity, indexed, undecoded, reason)
+from formats import images
+from formats.records import (BROKEN, IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, ImageLines, PairLines,
+                             PlainText, Tar, identity, indexed, reason)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Arguments -> readers
@@ -142,13 +139,13 @@ class Stream:
     def __len__(self):
         return self.starts[-1]
 
-    def at(self, position, seed, stream):
-        """(epoch, index) of a position in the stream, as data.example_at; a share's positions are evenly spaced."""
+    def locate(self, position):
+        """A position in the stream -> (its position in the endless stream of one share, that share's first index and
+        its n records). A share's positions are evenly spaced."""
         for first, n, p, q in self.shares:
             before = position * p // q                                       # how many were this share's so far
             if (position + 1) * p // q > before:
-                epoch, index = data.example_at(before, n, seed, stream)
-                return epoch, first + index
+                return before, first, n
             position -= before
 
     def __getitem__(self, key):
@@ -167,7 +164,7 @@ class Stream:
 
 
 class Images(Stream):
-    blank = transforms.Cut(np.zeros((1, 1, 4), np.uint8), False, []), "", 0
+    blank = images.Cut(np.zeros((1, 1, 4), np.uint8), False, []), "", 0
 
     def __init__(self, arguments, size, languages=(), cache=None, root=None):
         super().__init__(arguments, "images", languages, cache, root)
@@ -178,13 +175,13 @@ class Images(Stream):
         languages = self.spoken(said)
         texts = said[languages[rng.integers(len(languages))]]
         text = texts[rng.integers(len(texts))]
-        with undecoded(picture) as image:
-            return transforms.random_cut(image, self.size, rng), text, identity(picture)
+        with images.undecoded(picture) as image:
+            return images.random_cut(image, self.size, rng), text, identity(picture)
 
     def finish(self, records):
         """Records with a Cut -> the same with its image (3, size, size) uint8."""
         cuts, *rest = zip(*records)
-        return list(zip(transforms.train_images(cuts, self.size), *rest))
+        return list(zip(images.train_images(cuts, self.size), *rest))
 
 
 class Pairs(Stream):
@@ -203,33 +200,8 @@ class Pairs(Stream):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# What train.py asks for
+# Bad records
 # ------------------------------------------------------------------------------------------------------------------
-
-def load_tokenizer(path):
-    if not path:
-        raise ValueError("your own data need --tokenizer FILE: XLM-R's sentencepiece.bpe.model, or one made by "
-                         "`python data.py tokenizer --texts FILES --out spm.model`")
-    try:
-        return data.Tokenizer(pathlib.Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a tokenizer ({reason(error)}): take XLM-R's sentencepiece.bpe.model, or make "
-                         f"one with python data.py tokenizer") from None
-
-
-def streams(args, size):
-    """Settings of train.py -> images with captions, and parallel text or None."""
-    images = parallel = None
-    if args.images in (None, ["demo"]):
-        images = data.DemoImages(scenes=args.scenes, keywords=args.keywords, size=size)
-    else:
-        images = Images(args.images, size, args.languages, args.cache, args.image_root)
-    if args.parallel_text and (args.texts == ["demo"] or not args.images):
-        parallel = data.DemoParallel(scenes=args.text_scenes)
-    elif args.parallel_text and args.texts:
-        parallel = Pairs(args.texts, args.languages, args.cache)
-    return images, parallel
-
 
 class Faults:
     """Bad records of a process: counted, the first ten named once; too many among the last thousand stop the run."""
@@ -260,12 +232,10 @@ class Faults:
 # Sets to evaluate on
 # ------------------------------------------------------------------------------------------------------------------
 
-def evaluation_set(name):
-    """'demo:SPLIT', or a JSON-lines file with rows {"image": path beside the file,
+def evaluation_rows(name):
+    """A JSON-lines file with rows {"image": path beside the file,
     "captions": {language: text or [texts]}} -> list of {"image": RGB image, "captions": {language: [text, ...]}, ...}.
     ValueError with file and line on bad rows."""
-    if name.startswith("demo:"):
-        return emoji.split(name[5:])
     path, rows = pathlib.Path(name), []
     if not path.is_file():
         raise ValueError(f"{name!r} is neither a file nor a split of the demo (demo:test_style, ...)")
@@ -282,21 +252,9 @@ def evaluation_set(name):
                                    all(isinstance(t, str) and t.strip() for t in texts) for texts in captions.values()):
             raise ValueError(f"{where}: a caption is empty or not a text")
         try:
-            rows.append({"image": open_image(image), "captions": captions})
+            rows.append({"image": images.open_image(image), "captions": captions})
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     if not rows:
         raise ValueError(f"{name} has no rows")
     return rows
-
-
-def open_image(path):
-    """RGB image of a file; ValueError that names the file when it is missing or no image."""
-    try:
-        with undecoded(path) as image:
-            image.load()
-            return transforms.rgb(image)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None

@@ -1,9 +1,9 @@
 """Damages shards on purpose, many times: records, skipped counts and the doctor must agree with a naive parse of the
 same bytes, or there must be one clear line that refuses the file. Every tenth shard is also trained on.
 
-    python tests/fault_campaign.py 300
+    python tests/campaigns/faults.py 300
 
-A small slice runs in tests/test_faults.py. Killed processes: tests/kill_campaign.py.
+A small slice runs in tests/test_faults.py. Killed processes: tests/campaigns/kills.py.
 """
 import base64
 import contextlib
@@ -14,14 +14,13 @@ import sys
 import tarfile
 import tempfile
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import data                                                                  # noqa: E402
-import doctor                                                                # noqa: E402
-import records                                                               # noqa: E402
+from formats import records                                                               # noqa: E402
 import samples                                                               # noqa: E402
-import sources                                                               # noqa: E402
+from formats import sources                                                               # noqa: E402
 import train                                                                 # noqa: E402
 
 N = 40                                                                       # records of a shard
@@ -101,7 +100,7 @@ def one_corruption(number, folder, tokenizer):
             found += item[not images]["ids"].tolist()
             count, _, now = faults.note(item)
             skipped, stop = skipped + count, stop or now
-        status = doctor.main([str(path)])
+        status = data.main([str(path)])
     assert status == bool(bad) and f"broken {'':9} {len(bad) or 'none'}" in said.getvalue(), (what, said.getvalue())
     for position in range(len(found)):
         _, index = data.example_at(position, len(truth), number, int(not images))
