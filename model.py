@@ -44,7 +44,7 @@ class Config:
     stem: bool = False                  # a few small convolutions instead of one patch-wide one (arXiv 2106.14881)
     vision_layers: int = 4
     vision_heads: int = 2
-    vision_hidden: int = 512
+    vision_mlp: int = 512
     vision_eps: float = 1e-6
     # text
     vocabulary: int = 8002              # V; the tokenizer decides
@@ -52,12 +52,12 @@ class Config:
     offset: int = 2                     # XLM-R counts positions from 2; CCLM-3M/4M counted from 0 (F1.2)
     text_layers: int = 2
     text_heads: int = 2
-    text_hidden: int = 512
+    text_mlp: int = 512
     text_eps: float = 1e-5
     # fusion
     fusion_layers: int = 1
     fusion_heads: int = 2
-    fusion_hidden: int = 512
+    fusion_mlp: int = 512
     fusion_eps: float = 1e-5
     tied: bool = True                   # masked LM's decoder: word embedding (CCLM-3M/4M) or own matrix (CCLM-X2VLM)
     init_std: float = 0.02
@@ -70,16 +70,16 @@ PRESETS = {
     "demo": Config(pool="mean", stem=True, dropout=0.0, vision_layers=2, text_layers=1, embedding_std=0.002,
                    fusion_std=128 ** -0.5),        # 1 / sqrt(width)
     # one GPU, from random weights
-    "small": Config(width=384, image_size=224, vision_layers=12, vision_heads=6, vision_hidden=1536,
-                    text_layers=6, text_heads=6, text_hidden=1536, fusion_layers=3, fusion_heads=6, fusion_hidden=1536,
+    "small": Config(width=384, image_size=224, vision_layers=12, vision_heads=6, vision_mlp=1536,
+                    text_layers=6, text_heads=6, text_mlp=1536, fusion_layers=3, fusion_heads=6, fusion_mlp=1536,
                     vocabulary=250002, positions=514),
     # CCLM-X2VLM-base and -large (F1.5): BEiT-2, XLM-R, six fusion layers
-    "base": Config(width=768, vision="beit2", image_size=224, vision_layers=12, vision_heads=12, vision_hidden=3072,
-                   text_layers=12, text_heads=12, text_hidden=3072, fusion_layers=6, fusion_heads=12,
-                   fusion_hidden=3072, fusion_eps=1e-12, vocabulary=250002, positions=514, tied=False),
-    "large": Config(width=1024, vision="beit2", image_size=224, vision_layers=24, vision_heads=16, vision_hidden=4096,
-                    text_layers=24, text_heads=16, text_hidden=4096, fusion_layers=6, fusion_heads=16,
-                    fusion_hidden=4096, fusion_eps=1e-12, vocabulary=250002, positions=514, tied=False),
+    "base": Config(width=768, vision="beit2", image_size=224, vision_layers=12, vision_heads=12, vision_mlp=3072,
+                   text_layers=12, text_heads=12, text_mlp=3072, fusion_layers=6, fusion_heads=12,
+                   fusion_mlp=3072, fusion_eps=1e-12, vocabulary=250002, positions=514, tied=False),
+    "large": Config(width=1024, vision="beit2", image_size=224, vision_layers=24, vision_heads=16, vision_mlp=4096,
+                    text_layers=24, text_heads=16, text_mlp=4096, fusion_layers=6, fusion_heads=16,
+                    fusion_mlp=4096, fusion_eps=1e-12, vocabulary=250002, positions=514, tied=False),
 }
 
 
@@ -135,13 +135,13 @@ def relative_index(grid):
 
 
 class MLP(nn.Module):
-    def __init__(self, width, hidden, quick=False):
+    def __init__(self, width, mlp_width, quick=False):
         super().__init__()
         self.quick = quick                                                   # CLIP's cheaper GELU
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.up, self.down = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
 
     def forward(self, x):
-        x = self.up(x)                                                       # (T, D) -> (T, hidden)
+        x = self.up(x)                                                       # (T, D) -> (T, mlp_width)
         return self.down(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
 
 
@@ -163,7 +163,7 @@ class VisionLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(c.width, c.vision_eps), nn.LayerNorm(c.width, c.vision_eps)
         self.attention = Attention(c.width, c.vision_heads, k_bias=not beit,
                                    grid=c.image_size // c.patch_size if beit else None)
-        self.mlp = MLP(c.width, c.vision_hidden, quick=c.vision == "clip")
+        self.mlp = MLP(c.width, c.vision_mlp, quick=c.vision == "clip")
         self.dropout = nn.Dropout(0.0 if beit else c.dropout)
         self.scale1, self.scale2 = [nn.Parameter(torch.full((c.width,), 0.1)) if beit else 1.0 for _ in range(2)]
 
@@ -226,12 +226,12 @@ def conv_stem(width, patch):
 class TextLayer(nn.Module):
     """Self-attention, then (in the fusion encoder) cross-attention, then the MLP; a LayerNorm after each."""
 
-    def __init__(self, width, heads, hidden, eps, dropout, cross=False):
+    def __init__(self, width, heads, mlp_width, eps, dropout, cross=False):
         super().__init__()
         self.attention, self.norm1 = Attention(width, heads), nn.LayerNorm(width, eps)
         if cross:
             self.cross, self.cross_norm = Attention(width, heads), nn.LayerNorm(width, eps)
-        self.mlp, self.norm2 = MLP(width, hidden), nn.LayerNorm(width, eps)
+        self.mlp, self.norm2 = MLP(width, mlp_width), nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, starts, y=None, y_starts=None, sources=None, context=None, context_starts=None, memory=None):
@@ -254,7 +254,7 @@ class TextEncoder(nn.Module):
         self.positions = nn.Embedding(c.positions, c.width)
         self.kind = nn.Parameter(torch.zeros(c.width))                       # XLM-R's one token type, on every word
         self.norm, self.dropout = nn.LayerNorm(c.width, c.text_eps), nn.Dropout(c.dropout)
-        self.layers = nn.ModuleList(TextLayer(c.width, c.text_heads, c.text_hidden, c.text_eps, c.dropout)
+        self.layers = nn.ModuleList(TextLayer(c.width, c.text_heads, c.text_mlp, c.text_eps, c.dropout)
                                     for _ in range(c.text_layers))
 
     def forward(self, words, starts):
@@ -277,7 +277,7 @@ class Fusion(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.layers = nn.ModuleList(TextLayer(c.width, c.fusion_heads, c.fusion_hidden, c.fusion_eps, c.dropout,
+        self.layers = nn.ModuleList(TextLayer(c.width, c.fusion_heads, c.fusion_mlp, c.fusion_eps, c.dropout,
                                               cross=True) for _ in range(c.fusion_layers))
 
     def forward(self, x, starts, context, context_starts, memory=None, rows=None, sources=None):

@@ -158,7 +158,7 @@ def settled(preset, source, changes, title):
     if "width" not in source.fields:
         raise ValueError(f"{title}: no encoder in it that is read here, so no width; name a file with one")
     width, towers = source.fields["width"], ("vision", "text", "fusion")
-    usual = {f"{t}_heads": max(1, width // 64) for t in towers} | {f"{t}_hidden": 4 * width for t in towers}
+    usual = {f"{t}_heads": max(1, width // 64) for t in towers} | {f"{t}_mlp": 4 * width for t in towers}
     config = build(preset, **usual | source.fields | known_fields(changes, "the command line"))
     for tower in towers:
         heads = getattr(config, f"{tower}_heads")

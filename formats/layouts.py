@@ -210,11 +210,11 @@ def shapes(w, title):
             layers = {int(name.split(".")[2]) for name in w if name.startswith(tower + ".layers.")}
             if not layers:
                 continue
-            hidden, width = w[f"{tower}.layers.0.mlp.up.weight"].flatten(1).shape
+            mlp_width, width = w[f"{tower}.layers.0.mlp.up.weight"].flatten(1).shape
             if found.setdefault("width", width) != width:
                 raise ValueError(f"vision width {found['width']} is not text width {width}: one fusion encoder reads "
                                  f"both (F1.4)")
-            found |= {f"{tower}_layers": contiguous(layers, f"{title}, {tower}"), f"{tower}_hidden": hidden,
+            found |= {f"{tower}_layers": contiguous(layers, f"{title}, {tower}"), f"{tower}_mlp": mlp_width,
                       f"{tower}_heads": max(1, width // 64)}
             if tower == "text":
                 found |= {"vocabulary": len(w["text.words.weight"]), "positions": len(w["text.positions.weight"])}
@@ -383,7 +383,7 @@ def text_encoder(weights, config):
     name = lambda ours: functools.reduce(lambda n, pair: n.replace(pair[1], pair[0]), BERT.items(), ours)
     return {"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], "hidden_size": config.width,
             "vocab_size": config.vocabulary, "num_hidden_layers": config.text_layers,
-            "num_attention_heads": config.text_heads, "intermediate_size": config.text_hidden,
+            "num_attention_heads": config.text_heads, "intermediate_size": config.text_mlp,
             "max_position_embeddings": len(rows) + 2, "type_vocab_size": 1,
             "layer_norm_eps": config.text_eps, "hidden_act": "gelu", "hidden_dropout_prob": config.dropout,
             "attention_probs_dropout_prob": 0.0, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,

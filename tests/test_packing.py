@@ -12,8 +12,8 @@ from kernels.packed import running
 from model import CCLM, PRESETS
 
 TINY = dataclasses.replace(PRESETS["demo"], width=32, embedding=16, dropout=0.0, image_size=32, patch_size=16,
-                           vision_layers=2, vision_hidden=64, text_layers=2, text_hidden=64, fusion_layers=2,
-                           fusion_hidden=64, vocabulary=60)
+                           vision_layers=2, vision_mlp=64, text_layers=2, text_mlp=64, fusion_layers=2,
+                           fusion_mlp=64, vocabulary=60)
 VARIANTS = {"demo": {}, "one fusion layer": {"fusion_layers": 1}, "mean": {"pool": "mean"},
             "beit2": {"vision": "beit2"}, "clip": {"vision": "clip"},
             "first": {"pool": "first", "offset": 0, "tied": False}, "stem": {"stem": True}}

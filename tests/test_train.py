@@ -9,7 +9,7 @@ import data
 import train
 from model import CCLM, build, parameter_groups
 
-TINY = ("--batch 16 --text_batch 16 --width 64 --vision_hidden 128 --text_hidden 128 --fusion_hidden 128 "
+TINY = ("--batch 16 --text_batch 16 --width 64 --vision_mlp 128 --text_mlp 128 --fusion_mlp 128 "
         "--vision_layers 1 --workers 0 --no-eval").split()
 
 

@@ -119,7 +119,7 @@ def test_train_starts_from_published_encoders(encoders, tmp_path, capsys):
     assert torch.equal(model.text.words.weight, theirs["roberta.embeddings.word_embeddings.weight"])
     c = model.config
     assert (c.vision, c.image_size, c.offset, c.tied, c.stem) == ("beit2", 256, 2, True, False)
-    assert (c.vision_layers, c.text_layers, c.fusion_heads, c.fusion_hidden) == (2, 2, 1, 256)
+    assert (c.vision_layers, c.text_layers, c.fusion_heads, c.fusion_mlp) == (2, 2, 1, 256)
     assert train.main([*small, *flags, "--out", str(tmp_path), "--stop_after", "1"]) == 0
     assert "79 tensors from BEiT-2 + XLM-R; new: fusion, " in capsys.readouterr().out
     before = weights.read_checkpoint(tmp_path / "ckpt.pt")

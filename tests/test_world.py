@@ -30,7 +30,7 @@ def worker(out, dtype, spm):
     args = train.settings(["--batch", "8", "--text_batch", "16"])
     tokenizer = data.Tokenizer(pathlib.Path(spm).read_bytes())
     torch.manual_seed(0)
-    model = CCLM(build("demo", dropout=0.0, width=32, vision_hidden=64, text_hidden=64, fusion_hidden=64,
+    model = CCLM(build("demo", dropout=0.0, width=32, vision_mlp=64, text_mlp=64, fusion_mlp=64,
                        vision_layers=1, text_layers=1, fusion_layers=2, vocabulary=tokenizer.size)).to(dtype)
     with torch.no_grad():
         model.itm_head[-1].weight.normal_(std=0.2)

@@ -24,7 +24,7 @@ from formats import sources                                                     
 import train                                                                 # noqa: E402
 
 N = 40                                                                       # records of a shard
-TINY = ("--width 32 --vision_layers 1 --vision_hidden 64 --text_hidden 64 --fusion_hidden 64 --image_size 32 "
+TINY = ("--width 32 --vision_layers 1 --vision_mlp 64 --text_mlp 64 --fusion_mlp 64 --image_size 32 "
         "--patch_size 16 --batch 8 --text_batch 8 --log_every 1 --no-eval").split()
 
 
