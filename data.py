@@ -28,7 +28,7 @@ import torch
 
 from demo import emoji
 from formats import doctor
-from formats.images import test_image
+from formats.images import eval_transform
 from formats.records import TOLERATED, BadRecord, reason
 from formats.sources import Images, Pairs
 
@@ -190,7 +190,7 @@ class DemoImages:
         image = emoji.draw([self.drawings[i][rng.integers(len(self.drawings[i]))] for i in ids], rng)
         text = (emoji.keywords(ids[0], language, rng) if len(ids) == 1 and rng.random() < self.keywords else
                 emoji.caption(ids, language))
-        return test_image(image, self.size), text, thing(chosen)
+        return eval_transform(image, self.size), text, thing(chosen)
 
 
 class DemoParallel(DemoImages):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from demo import emoji
-from formats.images import normalise, test_image
+from formats.images import normalise, eval_transform
 from formats.sources import evaluation_rows
 from kernels.packed import running, take
 from losses import contrast, cross_view, fuse_pairs
@@ -62,7 +62,7 @@ def encode_images(model, images, device, batch):
     """PIL images -> View of I images."""
     size, views = model.config.image_size, []
     for first in range(0, len(images), batch):
-        part = np.stack([test_image(image, size) for image in images[first:first + batch]])
+        part = np.stack([eval_transform(image, size) for image in images[first:first + batch]])
         views.append(model.encode_image(normalise(torch.from_numpy(part).to(device)), None))
     return join(views)
 

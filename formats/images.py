@@ -3,7 +3,7 @@
     undecoded        bytes or a path -> Pillow image; open_image decodes it, to RGB
     random_cut       Pillow image -> Cut: the box that RandomResizedCrop draws, decoded, and the dice of what follows
     train_images     Cuts -> resized, mirrored, RandAugment
-    test_image       Pillow image -> resized
+    eval_transform       Pillow image -> resized
     normalise        uint8 (B, 3, s, s) -> what a model takes
 
 Everything is uint8 in torch or NumPy: on one core several times as fast as Pillow's own operations and, on photos,
@@ -206,7 +206,7 @@ def train_images(cuts, size):
 # For evaluation, and on the device
 # ------------------------------------------------------------------------------------------------------------------
 
-def test_image(image, size):
+def eval_transform(image, size):
     """Resized without keeping the aspect, as published -> uint8 (3, size, size)."""
     small = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(rgb(small)).transpose(2, 0, 1)                         # (size, size, 3) -> (3, size, size)

@@ -46,7 +46,7 @@ def checkpoint(tokenizer, tmp_path_factory):
 def one_pair(model, tokenizer, image, text):     # (cosine, match logit, sum) without packs, memory, sources or rows
     words, starts = data.pack([tokenizer.encode(text)])
     b = model.encode_text(words, starts, None)
-    pixels = torch.from_numpy(images.test_image(image, model.config.image_size).copy())[None]
+    pixels = torch.from_numpy(images.eval_transform(image, model.config.image_size).copy())[None]
     a = model.encode_image(images.normalise(pixels), None)
     fused = model.fuse(b.states, b.starts, a.states, a.starts)
     cosine, (no, yes) = float(a.vectors @ b.vectors.T), model.itm_head(fused[0]).tolist()

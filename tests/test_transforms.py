@@ -14,7 +14,7 @@ def test_image_images_keep_the_contract():
     for seed in range(30):
         x = images.train_images([images.random_cut(image, 32, np.random.default_rng(seed))], 32)[0]
         assert x.shape == (3, 32, 32) and x.dtype == np.uint8
-    assert images.test_image(image, 48).shape == (3, 48, 48)
+    assert images.eval_transform(image, 48).shape == (3, 48, 48)
     white = images.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
     expected = [(1 - m) / s for m, s in zip(images.MEAN, images.STD)]
     assert torch.allclose(white[0, :, 0, 0], torch.tensor(expected), atol=1e-6)
