@@ -31,7 +31,7 @@ import data
 from demo import emoji
 from formats.images import normalise, eval_transform
 from formats.sources import evaluation_rows
-from kernels.packed import running, take
+from kernels.packed import offsets, gather_sequences
 from losses import contrast, cross_view, fuse_pairs
 from model import View
 from weights import load_model
@@ -55,7 +55,7 @@ def join(views):
     """Several Views, one after the other, as one."""
     lengths = torch.cat([v.starts.diff() for v in views])
     ids = torch.arange(len(lengths), device=lengths.device)
-    return View(torch.cat([v.states for v in views]), running(lengths), torch.cat([v.vectors for v in views]), ids)
+    return View(torch.cat([v.states for v in views]), offsets(lengths), torch.cat([v.vectors for v in views]), ids)
 
 
 def encode_images(model, images, device, batch):
@@ -90,9 +90,9 @@ def match_logits(model, texts, images, pairs, batch):
     logits = torch.empty(len(pairs), 2, device=pairs.device)
     for part in pairs[:, 1].argsort(stable=True).split(batch):
         (said, sources), (shown, memory) = (column.unique(return_inverse=True) for column in pairs[part].T)
-        text_rows, text_starts = take(texts.starts, said)
-        image_rows, image_starts = take(images.starts, shown)
-        first = running(text_starts.diff()[sources])[:-1].long()             # (batch,) their first tokens
+        text_rows, text_starts = gather_sequences(texts.starts, said)
+        image_rows, image_starts = gather_sequences(images.starts, shown)
+        first = offsets(text_starts.diff()[sources])[:-1].long()             # (batch,) their first tokens
         fused = model.fuse(texts.states[text_rows], text_starts, images.states[image_rows], image_starts, memory,
                            rows=first, sources=sources)                      # (T, D) -> (batch, D)
         logits[part] = model.itm_head(fused).float()
@@ -181,7 +181,7 @@ def retrieval(model, tokenizer, rows, languages=None, rerank=16, device="cpu", b
         everything = encode_images(model.eval(), [row["image"] for row in rows], device, batch)
         for language in tqdm(dict.fromkeys(languages or present), disable=not progress, leave=False):
             index = torch.tensor([i for i, row in enumerate(rows) if row["captions"].get(language)], device=device)
-            where, starts = take(everything.starts, index)
+            where, starts = gather_sequences(everything.starts, index)
             images = View(everything.states[where], starts, everything.vectors[index], index)
             result[language] = language_scores(model, tokenizer, [rows[i] for i in index.tolist()], language, images,
                                                rerank, trained, batch)

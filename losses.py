@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from kernels.contrastive import contrastive
-from kernels.packed import running
+from kernels.packed import offsets
 from model import PRESETS, CCLM, View, wide
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def fuse_pairs(model, a, b, masked, rows, wrong, condition=True):
     view = torch.cat([items, wrong_a, items,                                 # ... and what it looks at
                       everyone if condition else torch.full_like(everyone, -1)])
     starts = torch.cat([b.starts, b.starts[1:] + b.starts[-1]])              # (2B + 1,)
-    asked = running(starts.diff()[text]).long()                              # (4B + 1,) starts of the query sequences
+    asked = offsets(starts.diff()[text]).long()                              # (4B + 1,) starts of the query sequences
     pairs = 3 * len(items)
     wanted = torch.cat([asked[:pairs], rows + asked[pairs]])                 # first tokens, then masked words: sorted
     fused = model.fuse(torch.cat([b.states, masked]), starts, a.states, a.starts, view, wanted, text)      # (3B + M, D)

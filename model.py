@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
-from kernels.packed import Gather, running, take
+from kernels.packed import GatherRows, offsets, gather_sequences
 
 # ------------------------------------------------------------------------------------------------------------------
 # What is configured
@@ -282,7 +282,7 @@ class Fusion(nn.Module):
 
     def forward(self, x, starts, context, context_starts, memory=None, rows=None, sources=None):
         """x (T, D) and starts: texts. -> states of all query sequences (T', D), or of `rows` (R, D)."""
-        where, full = (torch.arange(len(x), device=x.device), starts) if sources is None else take(starts, sources)
+        where, full = (torch.arange(len(x), device=x.device), starts) if sources is None else gather_sequences(starts, sources)
         y, y_starts = x, starts
         for i, layer in enumerate(self.layers):
             pick, q_starts = where, full                                     # rows of y that ask
@@ -343,7 +343,7 @@ class CCLM(nn.Module):
         if self.config.pool == "mean":
             pooled = torch.segment_reduce(states, "mean", lengths=starts.diff().long())       # (T, D) -> (B, D)
         else:
-            pooled = Gather.apply(states, starts[:-1].long())
+            pooled = GatherRows.apply(states, starts[:-1].long())
         return F.normalize(wide(project(pooled)), dim=-1)                    # (B, E)
 
     def fuse(self, x, starts, context, context_starts, memory=None, rows=None, sources=None, fusion=None):
@@ -351,7 +351,7 @@ class CCLM(nn.Module):
         fusion = fusion or self.fusion
         if not self.chunk:
             return fusion(x, starts, context, context_starts, memory, rows, sources)
-        asked = running(starts.diff()[sources]).long()                       # (Q+1,) starts of the query sequences
+        asked = offsets(starts.diff()[sources]).long()                       # (Q+1,) starts of the query sequences
         cut = torch.searchsorted(rows, asked)                                # (Q+1,) and of their rows
         return self.in_chunks(fusion, len(sources), lambda i, j: (x, starts, context, context_starts, memory[i:j],
                                                                   rows[cut[i]:cut[j]] - asked[i], sources[i:j]))

@@ -48,7 +48,7 @@ import evaluate
 from formats.checkpoints import read_checkpoint, write_checkpoint
 from formats.images import normalise
 from formats.sources import Faults
-from kernels.packed import running
+from kernels.packed import offsets
 from losses import cross_view, total, world
 from model import PRESETS, Config, Fusion, View, parameter_groups
 from weights import starting_point
@@ -213,7 +213,7 @@ class Objective(nn.Module):
         """Several packed batches of sentences in ONE pass of the text encoder: one look-up, one embedding gradient."""
         words = torch.cat([s.words for s in batches])
         lengths = torch.cat([s.starts.diff() for s in batches])
-        view = self.model.encode_text(words, running(lengths), lengths)
+        view = self.model.encode_text(words, offsets(lengths), lengths)
         states = view.states.split([len(s.words) for s in batches])
         vectors = view.vectors.split([len(s.starts) - 1 for s in batches])
         return [View(x, s.starts, v, None) for x, s, v in zip(states, batches, vectors)]

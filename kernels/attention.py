@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import use_triton
-from kernels.packed import Gather, Scatter, running, take
+from kernels.packed import GatherRows, ScatterRows, offsets, gather_sequences
 
 # ------------------------------------------------------------------------------------------------------------------
 # The torch version: group -> sort by length -> pad -> attend -> unpad
@@ -36,12 +36,12 @@ def attention_torch(q, k, v, q_starts, k_starts, memory=None, bias=None):
     if memory is None:
         return attend_buckets(q, k, v, q_starts, k_starts, bias)
     lengths, order = q_starts.diff(), memory.argsort(stable=True)
-    rows, starts = take(q_starts, order)                                                   # (T,): sorted by memory
+    rows, starts = gather_sequences(q_starts, order)                                                   # (T,): sorted by memory
     nothing = int(starts[(memory < 0).sum()])                                              # queries of -1 come first
-    grouped = running(lengths.new_zeros(len(k_starts) - 1).index_add_(0, memory.clamp(min=0), lengths * (memory >= 0)))
-    sorted_q = Gather.apply(q, rows)
+    grouped = offsets(lengths.new_zeros(len(k_starts) - 1).index_add_(0, memory.clamp(min=0), lengths * (memory >= 0)))
+    sorted_q = GatherRows.apply(q, rows)
     out = attend_buckets(sorted_q[nothing:], k, v, grouped, k_starts, bias)
-    return Scatter.apply(torch.cat([torch.zeros_like(sorted_q[:nothing]), out]), rows, len(q))
+    return ScatterRows.apply(torch.cat([torch.zeros_like(sorted_q[:nothing]), out]), rows, len(q))
 
 
 def attend_buckets(q, k, v, q_starts, k_starts, bias):
@@ -51,8 +51,8 @@ def attend_buckets(q, k, v, q_starts, k_starts, bias):
     if B * Q == len(q) and B * K == len(k):                                                # all alike: nothing to pad
         return attend(q, k, v, None, None, None, (B, Q, K), bias)
     order = (q_lengths + k_lengths).argsort(stable=True)
-    q_rows, k_rows = take(q_starts, order)[0], take(k_starts, order)[0]
-    q, k, v = Gather.apply(q, q_rows), Gather.apply(k, k_rows), Gather.apply(v, k_rows)    # sorted by length
+    q_rows, k_rows = gather_sequences(q_starts, order)[0], gather_sequences(k_starts, order)[0]
+    q, k, v = GatherRows.apply(q, q_rows), GatherRows.apply(k, k_rows), GatherRows.apply(v, k_rows)    # sorted by length
     outs, q_done, k_done = [], 0, 0
     for chunk in order.chunk(BUCKETS):
         (q_where, q_here, Q), (k_where, k_here, K) = (padded_rows(x[chunk]) for x in (q_lengths, k_lengths))
@@ -60,7 +60,7 @@ def attend_buckets(q, k, v, q_starts, k_starts, bias):
         q_slice, k_slice = slice(q_done, q_done + q_here), slice(k_done, k_done + k_here)
         outs.append(attend(q[q_slice], k[k_slice], v[k_slice], q_where, k_where, seen, (len(chunk), Q, K), None))
         q_done, k_done = q_slice.stop, k_slice.stop
-    return Scatter.apply(torch.cat(outs), q_rows, len(q))
+    return ScatterRows.apply(torch.cat(outs), q_rows, len(q))
 
 
 def padded_rows(lengths):
@@ -78,7 +78,7 @@ def attend(q, k, v, q_where, k_where, seen, shape, bias):
     if not len(q) or not len(k):
         return q * 0 + (k.sum() + v.sum()) * 0                               # nobody asks, or nothing to see
     def pad(x, where, L):
-        return (x if where is None else Scatter.apply(x, where, B * L)).view(B, L, H, -1).transpose(1, 2)
+        return (x if where is None else ScatterRows.apply(x, where, B * L)).view(B, L, H, -1).transpose(1, 2)
     q, k, v = pad(q, q_where, Q), pad(k, k_where, K), pad(v, k_where, K)     # (B, H, L, d)
     mask = bias if seen is None else seen[:, None, None]                     # (H, Q, K), or (B, 1, 1, K) bool
     if q.dtype in (torch.float32, torch.float64) or q.is_cuda:
@@ -92,7 +92,7 @@ def attend(q, k, v, q_where, k_where, seen, shape, bias):
         if seen is not None:
             out = out * seen.any(1)[:, None, None, None]                     # no key at all: 0, not a mean
     out = out.transpose(1, 2).reshape(B * Q, H, -1)                          # (B * Q, H, d)
-    return out if q_where is None else Gather.apply(out, q_where)            # (T, H, d)
+    return out if q_where is None else GatherRows.apply(out, q_where)            # (T, H, d)
 
 
 # ------------------------------------------------------------------------------------------------------------------

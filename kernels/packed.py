@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 
-class Scatter(torch.autograd.Function):
+class ScatterRows(torch.autograd.Function):
     """Rows of x to the unique rows `where` of a zero matrix. The backward of such a copy is a plain look-up; torch's
     own indexing would add, which is slower, and on several CPU threads not even the same twice."""
 
@@ -23,8 +23,8 @@ class Scatter(torch.autograd.Function):
         return gradient.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-class Gather(torch.autograd.Function):
-    """The inverse of Scatter: the unique rows `where` of x."""
+class GatherRows(torch.autograd.Function):
+    """The inverse of ScatterRows: the unique rows `where` of x."""
 
     @staticmethod
     def forward(ctx, x, where):
@@ -38,14 +38,14 @@ class Gather(torch.autograd.Function):
         return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy_(0, where, gradient), None
 
 
-def running(lengths):
+def offsets(lengths):
     """lengths (B,) -> starts (B+1,) int32."""
     return F.pad(lengths.cumsum(0), (1, 0)).int()
 
 
-def take(starts, index):
+def gather_sequences(starts, index):
     """Sequences `index` (Q,) of a packed batch, in that order, repeats allowed -> (rows (T',) int64, starts (Q+1,))."""
     lengths = starts.diff()[index]
-    new = running(lengths)
+    new = offsets(lengths)
     shift = torch.repeat_interleave(starts[index] - new[:-1], lengths)       # host sync: how many rows there are
     return torch.arange(len(shift), device=starts.device) + shift, new

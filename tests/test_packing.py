@@ -8,7 +8,7 @@ import data
 import losses
 import reference
 from kernels.attention import attention_torch
-from kernels.packed import running
+from kernels.packed import offsets
 from model import CCLM, PRESETS
 
 TINY = dataclasses.replace(PRESETS["demo"], width=32, embedding=16, dropout=0.0, image_size=32, patch_size=16,
@@ -37,7 +37,7 @@ def example(model, lengths=(5, 2, 9, 4, 7), seed=1):
     words, masked = (torch.randint(4, c.vocabulary, (T,), generator=g) for _ in range(2))
     rows = torch.arange(T)[torch.rand(T, generator=g) < 0.4]
     images = torch.randn(len(lengths), 3, c.image_size, c.image_size, generator=g).double()
-    return images, words, running(torch.tensor(lengths)), masked, rows, torch.tensor([0, 1, 2, 1, 4])
+    return images, words, offsets(torch.tensor(lengths)), masked, rows, torch.tensor([0, 1, 2, 1, 4])
 
 
 def packed_losses(model, a, words, starts, masked, rows, ids, wrong):
@@ -66,7 +66,7 @@ def test_packing_equals_padding(variant, kind):
     for build in (packed_losses, padded_losses):
         model.zero_grad()
         if kind == "sentence":
-            others = words.flip(0), running(starts.diff().flip(0))
+            others = words.flip(0), offsets(starts.diff().flip(0))
             a = model.encode_text(*others, ids)
         else:
             a = model.encode_image(images, ids)
@@ -96,7 +96,7 @@ def test_fused_states_equal_a_loop_over_pairs():
     images, words, starts, *_ = example(model)
     image, text = model.encode_image(images, None), model.encode_text(words, starts, None)
     sources, memory = torch.tensor([3, 0, 0, 2, 3, 1]), torch.tensor([1, 1, -1, 4, 0, 1])
-    asked = running(starts.diff()[sources])
+    asked = offsets(starts.diff()[sources])
     fused = model.fuse(text.states, starts, image.states, image.starts, memory, None, sources)
     for i, (s, m) in enumerate(zip(sources.tolist(), memory.tolist())):
         x = text.states[starts[s]:starts[s + 1]][None]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import weights
-from kernels.packed import running
+from kernels.packed import offsets
 from losses import cross_view
 from model import CCLM, Config
 
@@ -37,7 +37,7 @@ def imported(name, dtype):
 
 
 def pack(ids, mask):
-    return ids[mask.bool()], running(mask.sum(1))                            # (B, L) -> (T,), (B+1,)
+    return ids[mask.bool()], offsets(mask.sum(1))                            # (B, L) -> (T,), (B+1,)
 
 
 def hidden(text):

@@ -9,7 +9,7 @@ import torch
 
 from formats import layouts
 import weights
-from kernels.packed import running
+from kernels.packed import offsets
 from model import CCLM, Config
 
 SIZES = ["tiny", "base"] if os.environ.get("CCLM_BASE") else ["tiny"]
@@ -43,7 +43,7 @@ def sentences(vocabulary):
     lengths = torch.tensor([5, 9, 1, 7])
     ids = torch.randint(4, vocabulary - 1, (4, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(9) < lengths[:, None]
-    return ids.masked_fill(~mask, 1), mask, ids[mask], running(lengths)
+    return ids.masked_fill(~mask, 1), mask, ids[mask], offsets(lengths)
 
 
 def exported(state, folder):
