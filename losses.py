@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from kernels.contrastive import contrastive
 from kernels.packed import offsets
-from model import PRESETS, CCLM, View, wide
+from model import PRESETS, CCLM, View, at_least_float32
 
 # ------------------------------------------------------------------------------------------------------------------
 # Several processes
@@ -144,7 +144,7 @@ def match(head, states, wrong):
     counts = ((wrong[0] >= 0) & (wrong[1] >= 0)).repeat(3)                   # (3B,)
     truth = torch.zeros(len(states), dtype=torch.long, device=states.device)
     truth[:len(states) // 3] = 1
-    losses = F.cross_entropy(wide(head(states)), truth, reduction="none")  # (3B, D) -> (3B, 2) -> (3B,)
+    losses = F.cross_entropy(at_least_float32(head(states)), truth, reduction="none")  # (3B, D) -> (3B, 2) -> (3B,)
     return global_mean((losses * counts).sum(), counts.sum())
 
 

@@ -83,7 +83,7 @@ PRESETS = {
 }
 
 
-def wide(x):
+def at_least_float32(x):
     """x in float32 at least: lengths and logits are not left in 16 bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -344,7 +344,7 @@ class CCLM(nn.Module):
             pooled = torch.segment_reduce(states, "mean", lengths=starts.diff().long())       # (T, D) -> (B, D)
         else:
             pooled = GatherRows.apply(states, starts[:-1].long())
-        return F.normalize(wide(project(pooled)), dim=-1)                    # (B, E)
+        return F.normalize(at_least_float32(project(pooled)), dim=-1)                    # (B, E)
 
     def fuse(self, x, starts, context, context_starts, memory=None, rows=None, sources=None, fusion=None):
         """Text states x (T, D) that look at a view's states (S, D) -> (T', D), or (R, D): see Fusion.forward."""
