@@ -32,7 +32,7 @@ from demo import emoji
 from formats.images import normalise, eval_transform
 from formats.sources import evaluation_rows
 from kernels.packed import offsets, gather_sequences
-from losses import contrast, cross_view, fuse_pairs
+from losses import contrastive_loss, cross_view, fuse_pairs
 from model import View
 from weights import load_model
 
@@ -270,7 +270,7 @@ def explain(model, tokenizer, image):
     rank = 1 + int((logits[0] > logits[0, 0]).sum())
     print(f"contrast        cosine / temperature {model.temperature.item():.3f} against all {len(logits)} captions: "
           f"the true one comes {rank}. of {len(logits)}, its probability is {logits[0].softmax(0)[0]:.4f}")
-    _, wrong = contrast(a, b, model.temperature, seed=0)
+    _, wrong = contrastive_loss(a, b, model.temperature, seed=0)
     j = int(wrong[1][0])
     print(f"hard negative   drawn for image 0: caption {j}, {' '.join(words(s.words[s.starts[j]:s.starts[j + 1]]))}")
     pairs, blanks = fuse_pairs(model, a, b, blind.states, m, wrong)

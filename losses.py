@@ -35,7 +35,7 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-class GatherAll(torch.autograd.Function):
+class AllGather(torch.autograd.Function):
     """(B, E) of every process -> (N, E) on every process; the backward sums what all processes want of our rows. (The
     official gather keeps only our own wishes: a gradient W times too small, F2.1.)"""
 
@@ -52,11 +52,11 @@ class GatherAll(torch.autograd.Function):
         return out
 
 
-def gather(x):
-    return x if world()[1] == 1 else GatherAll.apply(x)                      # (B, ...) -> (N, ...)
+def all_gather(x):
+    return x if world()[1] == 1 else AllGather.apply(x)                      # (B, ...) -> (N, ...)
 
 
-def total(x, op="SUM"):
+def all_reduce(x, op="SUM"):
     """x summed (or op) over all processes, without gradient."""
     x = x.detach().clone()
     if world()[1] > 1:
@@ -66,14 +66,14 @@ def total(x, op="SUM"):
 
 def global_mean(own_sum, own_count):
     """W x own sum / count over all processes; 0 (with a gradient path) where nobody has a row."""
-    return world()[1] * own_sum / total(own_count.to(own_sum.dtype)).clamp(min=1)
+    return world()[1] * own_sum / all_reduce(own_count.to(own_sum.dtype)).clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # 1. Contrast
 # ------------------------------------------------------------------------------------------------------------------
 
-def contrast(a, b, temperature, seed, same="ignore"):
+def contrastive_loss(a, b, temperature, seed, same="ignore"):
     """Symmetric InfoNCE over the vectors of all processes, and a hard wrong partner for every item of this one.
 
     a, b: Views of B items; i, j are `same` when their a.ids or b.ids agree: neither positives nor negatives of each
@@ -83,7 +83,7 @@ def contrast(a, b, temperature, seed, same="ignore"):
     rank, W = world()
     B, N, first = len(a.vectors), W * len(a.vectors), rank * len(a.vectors)
     ids = torch.stack([a.ids, b.ids], 1)                                     # (B, 2)
-    all_ids, b_all = gather(ids), gather(b.vectors)                          # (N, 2), (N, E)
+    all_ids, b_all = all_gather(ids), all_gather(b.vectors)                          # (N, 2), (N, E)
     if same == "ignore":
         s = contrastive(a.vectors, b_all, temperature, ids, all_ids, first, seed)
         wrong, positives = (s.wrong_a, s.wrong_b), 2 * s.positives.sum()
@@ -94,7 +94,7 @@ def contrast(a, b, temperature, seed, same="ignore"):
             drawn = contrastive(a.vectors, b_all, temperature, ids, all_ids, first, seed)
         alike = (ids[:, None] == all_ids).any(-1)                            # (B, N)
         share = 1 / alike.sum(1).to(b_all.dtype)                             # (B,): every item's labels add up to 1
-        labels = alike * (share[:, None] + gather(share))                    # rows' labels + columns' labels
+        labels = alike * (share[:, None] + all_gather(share))                    # rows' labels + columns' labels
         wrong, positives = (drawn.wrong_a, drawn.wrong_b), ((labels @ b_all) * a.vectors).sum() / temperature
     else:
         raise ValueError(f"same={same!r} is unknown: choose 'ignore' or 'positive'")
@@ -107,8 +107,8 @@ def combine_columns(part, first, B):
     of the log-sum-exp over ALL rows. Gradient: that of the sum over all N columns with respect to our part of them."""
     if world()[1] == 1:
         return part.sum()
-    top = total(part, "MAX")                                                 # (N,)
-    whole = top + total((part - top).exp()).log()                            # (N,)
+    top = all_reduce(part, "MAX")                                                 # (N,)
+    whole = top + all_reduce((part - top).exp()).log()                            # (N,)
     share = (part - whole).exp().detach()                                    # d whole / d part
     ours = (share * part.masked_fill(share == 0, 0)).sum()                   # column without rows here: 0, not 0 x -inf
     return ours + (whole[first:first + B].sum() - ours).detach()
@@ -138,7 +138,7 @@ def fuse_pairs(model, a, b, masked, rows, wrong, condition=True):
     return fused[:pairs], fused[pairs:]
 
 
-def match(head, states, wrong):
+def matching_loss(head, states, wrong):
     """states (3B, D) of true, wrong-a and wrong-b pairs -> cross entropy of head's "no, yes"; an item without wrong
     partners (-1) is left out."""
     counts = ((wrong[0] >= 0) & (wrong[1] >= 0)).repeat(3)                   # (3B,)
@@ -148,7 +148,7 @@ def match(head, states, wrong):
     return global_mean((losses * counts).sum(), counts.sum())
 
 
-def masked_lm(head, states, words):
+def masked_lm_loss(head, states, words):
     """states (M, D) of masked positions, words (M,) what stood there -> cross entropy over the vocabulary. The logits
     (M, V) exist a chunk at a time: at M = 1,024 and V = 250,002 that is 0.2 GB instead of 2.9."""
     options = torch.nn.LinearCrossEntropyOptions() if len(words) * len(head.bias) > 2 ** 27 else None
@@ -171,15 +171,15 @@ def cross_view(model, a, b, masked, rows, words, seed, wrong=None, same="ignore"
     a, b       Views; b is text. ids say which items are the same thing
     masked     (T, D) b's states with some words masked (b's starts); rows (M,) sorted: which; words (M,): the true ids
     seed       int: the draw of wrong partners. wrong: None, or given (wrong_a (B,), wrong_b (B,)), -1 = none
-    same       "ignore" or "positive", see contrast().  condition=False: masked words are read without looking at a
+    same       "ignore" or "positive", see contrastive_loss().  condition=False: masked words are read without looking at a
     Returns {"contrast", "match", "mask"} and their weighted sum "loss", scalars with gradients."""
-    loss, drawn = contrast(a, b, model.temperature, seed, same)
+    loss, drawn = contrastive_loss(a, b, model.temperature, seed, same)
     wrong = drawn if wrong is None else wrong
     if not weights["match"]:
         wrong = tuple(w[:0] for w in wrong)                                  # no pairs: match is 0 x its inputs
     pairs, blanks = fuse_pairs(model, a, b, masked, rows, wrong, condition)
-    losses = {"contrast": loss, "match": match(model.itm_head, pairs, wrong),
-              "mask": masked_lm(model.mlm_head, blanks, words)}
+    losses = {"contrast": loss, "match": matching_loss(model.itm_head, pairs, wrong),
+              "mask": masked_lm_loss(model.mlm_head, blanks, words)}
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
 
 
@@ -199,11 +199,11 @@ def sanity_table(B=64, length=8, seed=0):
     rows = starts[:-1].long() + 2
     got = cross_view(model, image, text, text.states, rows, words[rows], seed)
     known = F.normalize(torch.randn(B, config.embedding), dim=-1)            # both views know which thing they show
-    best = contrast(View(None, None, known, ids), View(None, None, known, ids), torch.tensor(0.01), seed)[0]
+    best = contrastive_loss(View(None, None, known, ids), View(None, None, known, ids), torch.tensor(0.01), seed)[0]
     sure = 20 * F.one_hot(torch.tensor([1] * B + [0] * 2 * B), 2).float()    # a head that knows all pairs
     reader = torch.nn.Identity()                                             # and one that knows all of B words
     reader.weight, reader.bias = torch.nn.Parameter(30 * torch.eye(B)), torch.nn.Parameter(torch.zeros(B))
-    perfect = [best, match(torch.nn.Identity(), sure, (ids, ids)), masked_lm(reader, torch.eye(B), ids)]
+    perfect = [best, matching_loss(torch.nn.Identity(), sure, (ids, ids)), masked_lm_loss(reader, torch.eye(B), ids)]
     return [(name, got[name].item(), chance, float(least.detach())) for name, chance, least in
             zip(WEIGHTS, [math.log(B), 0.6365, math.log(config.vocabulary)], perfect)]
 

@@ -49,7 +49,7 @@ from formats.checkpoints import read_checkpoint, write_checkpoint
 from formats.images import normalise
 from formats.sources import Faults
 from kernels.packed import offsets
-from losses import cross_view, total, world
+from losses import all_reduce, cross_view, world
 from model import PRESETS, Config, Fusion, View, parameter_groups
 from weights import starting_point
 
@@ -341,13 +341,13 @@ def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopp
     norms = tower_norms(objective)
     flags = torch.stack([(~torch.isfinite(losses["loss"]) | ~torch.isfinite(norms["all"])).float(),
                          *torch.tensor([bool(stopping), told[2]], device=norms["all"].device).float()])
-    skipped, stop, spoiled = total(flags, "MAX").tolist()
+    skipped, stop, spoiled = all_reduce(flags, "MAX").tolist()
     if not skipped and not spoiled:
         nn.utils.clip_grads_with_norm_(objective.parameters(), args.clip, norms["all"])
         optimizer.step()
     names = [(s, n) for s in ("image", "text") if s in losses for n in ("contrast", "match", "mask")]
     values = torch.stack([losses["loss"]] + [losses[s][n] for s, n in names]) / world()[1]
-    *values, bad, cut = total(torch.cat([values, values.new_tensor(told[:2])])).tolist()       # one all-reduce
+    *values, bad, cut = all_reduce(torch.cat([values, values.new_tensor(told[:2])])).tolist()       # one all-reduce
     row = {"step": step + 1, "lr": args.lr * factor, "loss": values[0], "bad_records": int(bad), "cut": int(cut),
            "temperature": objective.model.temperature.item(),
            **{f"{s}_{n}": v for (s, n), v in zip(names, values[1:])},

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import contrast, cross_view, masked_lm, match
+from losses import contrastive_loss, cross_view, masked_lm_loss, matching_loss
 from model import View
 from test_packing import example, make, packed_losses
 
@@ -32,7 +32,7 @@ def test_contrast_equals_two_cross_entropies():
     t = torch.tensor(0.07, dtype=torch.float64)
     logits = a.vectors @ b.vectors.T / t
     expected = (F.cross_entropy(logits, a.ids) + F.cross_entropy(logits.T, a.ids)) / 2
-    assert abs(float(contrast(a, b, t, seed=0)[0] - expected)) < 1e-12
+    assert abs(float(contrastive_loss(a, b, t, seed=0)[0] - expected)) < 1e-12
 
 
 def test_same_things_are_neither_positives_nor_negatives():
@@ -44,7 +44,7 @@ def test_same_things_are_neither_positives_nor_negatives():
     for i, j in ((0, 1), (1, 0), (3, 4), (4, 3)):
         logits[i, j] = -torch.inf
     expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))) / 2
-    assert abs(float(contrast(a, b, t, seed=0)[0] - expected)) < 1e-12
+    assert abs(float(contrastive_loss(a, b, t, seed=0)[0] - expected)) < 1e-12
 
 
 def test_positive_same_things_share_the_label():
@@ -58,7 +58,7 @@ def test_positive_same_things_share_the_label():
     logits = a.vectors @ b.vectors.T / t
     expected = -((labels * logits.log_softmax(1)).sum() + (labels * logits.T.log_softmax(1)).sum()) / 12
     wanted = torch.autograd.grad(expected, (a.vectors, b.vectors, t))
-    got, wrong = contrast(a, b, t, seed=0, same="positive")
+    got, wrong = contrastive_loss(a, b, t, seed=0, same="positive")
     assert abs(float((got - expected).detach())) < 1e-12
     for x, y in zip(torch.autograd.grad(got, (a.vectors, b.vectors, t)), wanted):
         assert torch.allclose(x, y, rtol=0, atol=1e-12)
@@ -75,7 +75,7 @@ def test_wrong_partners_follow_the_stated_weights():
     weights = weights.masked_fill(forbidden, 0)
     counts = torch.zeros(8, 8, dtype=torch.float64)
     for seed in range(draws):
-        wrong_b = contrast(a, b, t, seed)[1][1]
+        wrong_b = contrastive_loss(a, b, t, seed)[1][1]
         counts[torch.arange(8), wrong_b] += 1
     assert counts[forbidden].sum() == 0
     expected = draws * weights / weights.sum(1, keepdim=True)
@@ -88,7 +88,7 @@ def test_match_leaves_out_items_without_a_wrong_partner():
     logits = torch.randn(9, 2, dtype=torch.float64)
     wrong = torch.tensor([1, -1, 0]), torch.tensor([2, -1, 1])
     expected = F.cross_entropy(logits[[0, 2, 3, 5, 6, 8]], torch.tensor([1, 1, 0, 0, 0, 0]))
-    assert abs(float(match(lambda x: x, logits, wrong) - expected)) < 1e-12
+    assert abs(float(matching_loss(lambda x: x, logits, wrong) - expected)) < 1e-12
 
 
 def test_a_batch_of_one_and_a_sentence_without_hidden_words_do_not_crash():
@@ -130,4 +130,4 @@ def test_masked_lm_in_chunks_equals_whole():
     call = type("Head", (), {"__call__": lambda self, x: x, "weight": head.weight, "bias": head.bias})()
     x, words = torch.randn(2000, 8, generator=g, dtype=torch.float64), torch.randint(70000, (2000,), generator=g)
     whole = F.cross_entropy(F.linear(x, head.weight, head.bias), words)
-    assert abs(float(masked_lm(call, x, words) - whole)) < 1e-10
+    assert abs(float(masked_lm_loss(call, x, words) - whole)) < 1e-10

@@ -50,7 +50,7 @@ def worker(out, dtype, spm):
     wrapped = torch.nn.parallel.DistributedDataParallel(objective) if W > 1 else objective
     got = wrapped(image, pair, seed=1)
     got["loss"].backward()
-    values = {f"{s} {n}": losses.total(got[s][n]) / W for s in ("image", "text") for n in ("contrast", "match", "mask")}
+    values = {f"{s} {n}": losses.all_reduce(got[s][n]) / W for s in ("image", "text") for n in ("contrast", "match", "mask")}
     if rank == 0:
         torch.save({"losses": values, "gradients": {n: p.grad for n, p in objective.named_parameters()}}, out)
     if W > 1:
