@@ -112,14 +112,16 @@ class Attention(nn.Module):
         self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width, bias=k_bias), nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         if grid is not None:
-            self.relative = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
+            self.relative_position_bias = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
             self.register_buffer("relative_index", relative_index(grid), persistent=False)
 
     def forward(self, x, y, x_starts, y_starts, memory=None):
         q = self.q(x).unflatten(-1, (self.heads, -1))                       # (T, D) -> (T, H, D/H)
         k = self.k(y).unflatten(-1, (self.heads, -1))
         v = self.v(y).unflatten(-1, (self.heads, -1))
-        bias = self.relative[self.relative_index].permute(2, 0, 1) if hasattr(self, "relative") else None   # (H, P, P)
+        bias = None
+        if hasattr(self, "relative_position_bias"):
+            bias = self.relative_position_bias[self.relative_index].permute(2, 0, 1)        # (P, P, H) -> (H, P, P)
         return self.out(attention(q, k, v, x_starts, y_starts, memory, bias).flatten(1))
 
 
@@ -165,12 +167,13 @@ class VisionLayer(nn.Module):
                                    grid=c.image_size // c.patch_size if beit else None)
         self.mlp = MLP(c.width, c.vision_mlp, quick=c.vision == "clip")
         self.dropout = nn.Dropout(0.0 if beit else c.dropout)
-        self.scale1, self.scale2 = [nn.Parameter(torch.full((c.width,), 0.1)) if beit else 1.0 for _ in range(2)]
+        self.layer_scale1 = nn.Parameter(torch.full((c.width,), 0.1)) if beit else 1.0
+        self.layer_scale2 = nn.Parameter(torch.full((c.width,), 0.1)) if beit else 1.0
 
     def forward(self, x, starts):
         y = self.norm1(x)
-        x = x + self.scale1 * self.dropout(self.attention(y, y, starts, starts))
-        return x + self.scale2 * self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.layer_scale1 * self.dropout(self.attention(y, y, starts, starts))
+        return x + self.layer_scale2 * self.dropout(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
@@ -250,9 +253,9 @@ class TextEncoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.offset, self.longest = c.offset, c.positions - c.offset
-        self.words = nn.Embedding(c.vocabulary, c.width)
+        self.token_embedding = nn.Embedding(c.vocabulary, c.width)
         self.positions = nn.Embedding(c.positions, c.width)
-        self.kind = nn.Parameter(torch.zeros(c.width))                       # XLM-R's one token type, on every word
+        self.token_type = nn.Parameter(torch.zeros(c.width))                       # XLM-R's one token type, on every word
         self.norm, self.dropout = nn.LayerNorm(c.width, c.text_eps), nn.Dropout(c.dropout)
         self.layers = nn.ModuleList(TextLayer(c.width, c.text_heads, c.text_mlp, c.text_eps, c.dropout)
                                     for _ in range(c.text_layers))
@@ -261,7 +264,7 @@ class TextEncoder(nn.Module):
         lengths = starts.diff()
         place = torch.arange(len(words), device=words.device) - torch.repeat_interleave(
             starts[:-1], lengths, output_size=len(words))                    # (T,): 0, 1, 2 ... in every sentence
-        x = self.words(words) + self.positions(place + self.offset) + self.kind
+        x = self.token_embedding(words) + self.positions(place + self.offset) + self.token_type
         x = self.dropout(self.norm(x))
         for layer in self.layers:
             x = run(layer, x, starts)
@@ -323,7 +326,7 @@ class CCLM(nn.Module):
         self.vision_proj, self.text_proj = nn.Linear(c.width, c.embedding), nn.Linear(c.width, c.embedding)
         self.itm_head = nn.Sequential(nn.Linear(c.width, 2 * c.width), nn.LayerNorm(2 * c.width), nn.GELU(),
                                       nn.Linear(2 * c.width, 2))
-        self.mlm_head = WordHead(c, self.text.words)
+        self.mlm_head = WordHead(c, self.text.token_embedding)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         init_weights(self)
 
@@ -386,7 +389,7 @@ def init_weights(model):
     for module in (*model.fusion.modules(), *model.itm_head):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=model.config.fusion_std)
-    for table in (model.text.words, model.text.positions):
+    for table in (model.text.token_embedding, model.text.positions):
         nn.init.normal_(table.weight, std=model.config.embedding_std)
     if not model.config.tied:
         nn.init.normal_(model.mlm_head.weight, std=std)

@@ -37,14 +37,14 @@ class Layout(NamedTuple):
 BERT = {"attention.self.query": "attention.q", "attention.self.key": "attention.k",
         "attention.self.value": "attention.v", "attention.output.dense": "attention.out",
         "attention.output.LayerNorm": "norm1", "intermediate.dense": "mlp.up", "output.dense": "mlp.down",
-        "output.LayerNorm": "norm2", "embeddings.word_embeddings": "words",
-        "embeddings.position_embeddings": "positions", "embeddings.token_type_embeddings.weight": "kind",
+        "output.LayerNorm": "norm2", "embeddings.word_embeddings": "token_embedding",
+        "embeddings.position_embeddings": "positions", "embeddings.token_type_embeddings.weight": "token_type",
         "embeddings.LayerNorm": "norm", "encoder.layer": "layers"}           # the export reads it backwards
 FUSION = BERT | {"crossattention": "cross", "crossnorm1": "cross_norm"}      # what BERT's lines leave of crossattention
 HEAD = {"predictions.": "", "transform.": "", "LayerNorm": "norm", "layer_norm": "norm", "decoder.": ""}
 VIT = {"patch_embed.proj": "patches", "cls_token": "class_token", "pos_embed": "positions", "blocks": "layers",
        "attn": "attention", "attention.proj": "attention.out", "mlp.fc1": "mlp.up", "mlp.fc2": "mlp.down"}
-BEIT = VIT | {"q_bias": "q.bias", "v_bias": "v.bias", "relative_position_bias_table": "relative", "gamma_": "scale",
+BEIT = VIT | {"q_bias": "q.bias", "v_bias": "v.bias", "relative_position_bias_table": "relative_position_bias", "gamma_": "layer_scale",
               "fc_norm": "norm"}
 CLIP = {"embeddings.": "", "patch_embedding": "patches", "patch_embed": "patches", "class_embedding": "class_token",
         "position_embedding.weight": "positions", "pos_embed.weight": "positions", "pre_layrnorm": "pre_norm",
@@ -152,8 +152,8 @@ def our_names(name, layout, split, step, layers):
         i = int(layer[1]) // step
         ours, i = ("text.", i) if i < split else ("fusion.", i - split)
         rest = f"layers.{i}{layer[2]}"
-    if rest == "rel_pos_bias.relative":
-        return [f"vision.layers.{i}.attention.relative" for i in range(layers)]
+    if rest == "rel_pos_bias.relative_position_bias":
+        return [f"vision.layers.{i}.attention.relative_position_bias" for i in range(layers)]
     return [ours + rest.replace("qkv", letter) for letter in ("qkv" if ".qkv." in rest else "q")]
 
 
@@ -185,10 +185,10 @@ def translate(tensors, every_second=False):
         notes.append((full, ours, reason))
         pieces = () if reason else tensor.chunk(3) if ".qkv." in name else [tensor] * len(ours)
         for new, piece in zip(ours, pieces):
-            piece = piece.squeeze() if new in ("vision.class_token", "vision.positions", "text.kind") else piece
+            piece = piece.squeeze() if new in ("vision.class_token", "vision.positions", "text.token_type") else piece
             weights[new] = piece.float()                                     # of fp32: a no-op, still a map of the file
     fields = shapes(weights, layout.title) | layout.fields
-    decoder, words = weights.get("mlm_head.weight"), weights.get("text.words.weight")
+    decoder, words = weights.get("mlm_head.weight"), weights.get("text.token_embedding.weight")
     if fields.get("tied") and decoder is not None and words is not None and not torch.equal(decoder, words):
         fields["tied"] = False                                               # its masked LM has a decoder of its own
     return Source(layout.title, weights, notes, fields, layout.parts, layout.new)
@@ -217,9 +217,9 @@ def shapes(w, title):
             found |= {f"{tower}_layers": contiguous(layers, f"{title}, {tower}"), f"{tower}_mlp": mlp_width,
                       f"{tower}_heads": max(1, width // 64)}
             if tower == "text":
-                found |= {"vocabulary": len(w["text.words.weight"]), "positions": len(w["text.positions.weight"])}
+                found |= {"vocabulary": len(w["text.token_embedding.weight"]), "positions": len(w["text.positions.weight"])}
             if tower == "vision":
-                table, patch = w.get("vision.layers.0.attention.relative"), w["vision.patches.weight"].shape[-1]
+                table, patch = w.get("vision.layers.0.attention.relative_position_bias"), w["vision.patches.weight"].shape[-1]
                 if table is None:
                     grid = patches(w["vision.positions"])
                 else:
@@ -329,7 +329,7 @@ def fit(source, model, allow=()):
     -> (weights, {missing name: why}). ValueError for what is neither explained nor named by a pattern of `allow`."""
     own, config, weights = model.state_dict(), model.config, dict(source.weights)
     grid, named = config.image_size // config.patch_size, lambda name: any(fnmatch.fnmatchcase(name, p) for p in allow)
-    words = weights.get("text.words.weight")
+    words = weights.get("text.token_embedding.weight")
     if words is not None and (config.tied or source.fields.get("tied") and "mlm_head.bias" in weights):
         if not torch.equal(weights.setdefault("mlm_head.weight", words), words):       # untied: starts as the tied one
             raise ValueError(f"{source.title}: its masked LM's decoder is not its word embedding, and a tied model has "
@@ -337,7 +337,7 @@ def fit(source, model, allow=()):
     for name, tensor in weights.items():
         if name == "vision.positions" and len(tensor) != grid ** 2 + 1:
             weights[name] = resize_positions(tensor, grid)
-        if name.endswith(".relative") and len(tensor) != (2 * grid - 1) ** 2 + 3:
+        if name.endswith(".relative_position_bias") and len(tensor) != (2 * grid - 1) ** 2 + 3:
             weights[name] = resize_relative(tensor, grid)
     for name in sorted(own.keys() & weights.keys()):
         if weights[name].shape != own[name].shape:
@@ -379,7 +379,7 @@ def text_encoder(weights, config):
     """(settings, tensors) of the text encoder as transformers' XLMRobertaModel has them; it counts positions from 2."""
     w = {name.removeprefix("text."): t for name, t in weights.items() if name.startswith("text.")}
     rows = w["positions.weight"][config.offset:]                             # (longest, D)
-    w |= {"kind": w["kind"][None], "positions.weight": torch.cat([torch.zeros_like(rows[:2]), rows])}
+    w |= {"token_type": w["token_type"][None], "positions.weight": torch.cat([torch.zeros_like(rows[:2]), rows])}
     name = lambda ours: functools.reduce(lambda n, pair: n.replace(pair[1], pair[0]), BERT.items(), ours)
     return {"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], "hidden_size": config.width,
             "vocab_size": config.vocabulary, "num_hidden_layers": config.text_layers,

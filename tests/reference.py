@@ -39,7 +39,7 @@ def text_layer(m, x, mask, context=None, context_mask=None):
 def encode_text(model, words, mask):
     """words (B, L) int64 -> states (B, L, D)."""
     t = model.text
-    x = t.norm(t.words(words) + t.positions(torch.arange(words.shape[1]) + t.offset) + t.kind)
+    x = t.norm(t.token_embedding(words) + t.positions(torch.arange(words.shape[1]) + t.offset) + t.token_type)
     for layer in t.layers:
         x = text_layer(layer, x, mask)
     return x
@@ -54,10 +54,10 @@ def encode_image(model, images):
     mask = torch.ones(x.shape[:2], dtype=torch.bool)
     for layer in v.layers:
         a, bias, y = layer.attention, None, layer.norm1(x)
-        if hasattr(a, "relative"):
-            bias = a.relative[a.relative_index].permute(2, 0, 1)
-        x = x + layer.scale1 * attend(a, y, y, mask, bias)
-        x = x + layer.scale2 * mlp(layer.mlp, layer.norm2(x))
+        if hasattr(a, "relative_position_bias"):
+            bias = a.relative_position_bias[a.relative_index].permute(2, 0, 1)
+        x = x + layer.layer_scale1 * attend(a, y, y, mask, bias)
+        x = x + layer.layer_scale2 * mlp(layer.mlp, layer.norm2(x))
     x = v.norm(x)
     return torch.cat([x[:, 1:].mean(1, keepdim=True), x[:, 1:]], 1) if c.vision == "beit2" else x
 

@@ -98,7 +98,7 @@ def test_all_formats_of_one_encoder_give_one_import(tmp_path, kind):
         stored = {k: t.half() if t.is_floating_point() else t for k, t in bare.items()} if kind == "half" else tensors
         torch.save(stored, path, _use_new_zipfile_serialization=kind != "old")
     got = weights.read_source(path)
-    want = {"text.words.weight": "embeddings.word_embeddings.weight",
+    want = {"text.token_embedding.weight": "embeddings.word_embeddings.weight",
             "text.layers.0.mlp.up.bias": "encoder.layer.0.intermediate.dense.bias"}
     assert all(got.weights[a].dtype == torch.float32 and torch.equal(got.weights[a], bare[b]) for a, b in want.items())
     assert len(got.weights) == len(bare) - 1 and got.fields["vocabulary"] == 100
@@ -116,7 +116,7 @@ def test_train_starts_from_published_encoders(encoders, tmp_path, capsys):
     args = train.settings([*small, *flags, "--out", str(tmp_path)])
     model = train.prepare(args, torch.device("cpu")).objective.model
     theirs = weights.read_pickle(encoders / "xlmr" / "pytorch_model.bin")
-    assert torch.equal(model.text.words.weight, theirs["roberta.embeddings.word_embeddings.weight"])
+    assert torch.equal(model.text.token_embedding.weight, theirs["roberta.embeddings.word_embeddings.weight"])
     c = model.config
     assert (c.vision, c.image_size, c.offset, c.tied, c.stem) == ("beit2", 256, 2, True, False)
     assert (c.vision_layers, c.text_layers, c.fusion_heads, c.fusion_mlp) == (2, 2, 1, 256)

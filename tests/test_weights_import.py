@@ -133,7 +133,7 @@ def test_a_shared_relative_table_becomes_every_layers():
     tensors = {name: t for name, t in random(beit("", 64, 2, 1)).items() if "bias_table" not in name}
     table = torch.randn(732, 1)
     source = layouts.translate(tensors | {"rel_pos_bias.relative_position_bias_table": table})
-    assert all(torch.equal(source.weights[f"vision.layers.{i}.attention.relative"], table) for i in range(2))
+    assert all(torch.equal(source.weights[f"vision.layers.{i}.attention.relative_position_bias"], table) for i in range(2))
 
 
 def test_position_tables_follow_the_image_size(tmp_path, capsys):
