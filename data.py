@@ -3,7 +3,7 @@
     image-text   {"images" (B, 3, pixels, pixels) uint8, "b": Sentences, "masked": Masked, "ids" (B,)}
     parallel     {"a": Sentences, "b": Sentences, "masked": Masked, "ids" (B,)}
 
-Sentences are packed: words (T,) and starts (B+1,). Masked is b with some words hidden: words (T,), the hidden rows (M,)
+Sentences are packed: token_ids (T,) and starts (B+1,). Masked is b with some tokens masked: token_ids (T,), the masked positions rows (M,)
 in order, and what stood there (M,). Everything random about an example - language, role, masking, augmentation - is
 drawn from a generator seeded by (seed, stream, epoch, index), and example i of step s is a function of the position
 s * N + i alone. So the data are the same at any number of processes and of workers, and after a resume; there is no
@@ -67,21 +67,21 @@ class Tokenizer:
                              "imported")
         self.model = model
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"this is not a sentencepiece model ({error})") from None
-        self.size = len(self.pieces) + 2                                     # V
+        self.size = len(self.processor) + 2                                     # V
         self.mask = self.size - 1
 
     def encode(self, text, longest=LONGEST):
         """-> ids with <s> and </s>, cut to `longest` (None: not at all)."""
-        ids = [BOS] + [p + 1 if p else UNKNOWN for p in self.pieces.encode(text)]
+        ids = [BOS] + [p + 1 if p else UNKNOWN for p in self.processor.encode(text)]
         return ids[:longest and longest - 1] + [EOS]
 
-    def words(self, ids):
+    def pieces(self, ids):
         """The pieces of some ids, for people to read."""
         special = {BOS: "<s>", PAD: "<pad>", EOS: "</s>", UNKNOWN: "<unk>", self.mask: "<mask>"}
-        return [special.get(i) or self.pieces.id_to_piece(i - 1) for i in map(int, ids)]
+        return [special.get(i) or self.processor.id_to_piece(i - 1) for i in map(int, ids)]
 
 
 def train_tokenizer(texts, vocabulary):
@@ -106,27 +106,27 @@ def demo_tokenizer(vocabulary=8000):
 # Masking
 # ------------------------------------------------------------------------------------------------------------------
 
-def mask_words(ids, rng, tokenizer, probability=0.4, most=20):
-    """ids (list) -> (masked ids, hidden positions in order). F3.6 with one repair: <s>, </s> and other specials are
-    never hidden nor drawn as replacements (the official code may hide </s>).
+def mask_tokens(ids, rng, tokenizer, probability=0.4, most=20):
+    """ids (list) -> (masked ids, masked positions in order). F3.6 with one repair: <s>, </s> and other specials are
+    never masked nor drawn as replacements (the official code may mask </s>).
 
     min(most, max(1, round(n * probability))) positions in spans of one, or with probability 0.2 of two or three; each
     becomes <mask> (80 %), a random word (10 %) or stays (10 %)."""
     candidates = [i for i, word in enumerate(ids) if word > UNKNOWN]
     count = min(most, max(1, round(len(ids) * probability)), len(candidates))
-    hidden, allowed = set(), set(candidates)
+    masked_positions, allowed = set(), set(candidates)
     for i in rng.permutation(candidates):
-        if len(hidden) >= count:
+        if len(masked_positions) >= count:
             break
         span = int(rng.integers(2, 4)) if rng.random() < 0.2 else 1
-        hidden.update(allowed.intersection(range(int(i), int(i) + span)))
-    hidden = sorted(rng.permutation(sorted(hidden))[:count].tolist())
+        masked_positions.update(allowed.intersection(range(int(i), int(i) + span)))
+    masked_positions = sorted(rng.permutation(sorted(masked_positions))[:count].tolist())
     masked = list(ids)
-    for i in hidden:
+    for i in masked_positions:
         dice = rng.random()
         masked[i] = (tokenizer.mask if dice < 0.8 else
                      int(rng.integers(UNKNOWN + 1, tokenizer.mask)) if dice < 0.9 else ids[i])
-    return masked, hidden
+    return masked, masked_positions
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -220,14 +220,14 @@ def thing(chosen):
 # ------------------------------------------------------------------------------------------------------------------
 
 class Sentences(NamedTuple):
-    words: torch.Tensor                 # (T,) int64
+    token_ids: torch.Tensor             # (T,) int64
     starts: torch.Tensor                # (B+1,) int32
 
 
 class Masked(NamedTuple):
-    words: torch.Tensor                 # (T,) int64, the starts are those of the unmasked sentences
-    rows: torch.Tensor                  # (M,) int64, hidden rows of the packed matrix, ascending
-    truth: torch.Tensor                 # (M,) int64, what stood there
+    token_ids: torch.Tensor             # (T,) int64, the starts are those of the unmasked sentences
+    positions: torch.Tensor             # (M,) int64, masked rows of the packed matrix, ascending
+    labels: torch.Tensor                # (M,) int64, the true ids of these tokens
 
 
 def pack(sentences):
@@ -278,16 +278,16 @@ class Batches(torch.utils.data.Dataset):
         told.append("")
         return *record, rng
 
-    def hide(self, sentences, rngs):
+    def mask(self, sentences, rngs):
         """[ids] -> Masked."""
-        masked, rows, truth, start = [], [], [], 0
+        token_ids, positions, labels, start = [], [], [], 0
         for ids, rng in zip(sentences, rngs):
-            words, hidden = mask_words(ids, rng, self.tokenizer, self.mask_probability)
-            masked += words
-            rows += [start + i for i in hidden]
-            truth += [ids[i] for i in hidden]
+            masked_ids, masked = mask_tokens(ids, rng, self.tokenizer, self.mask_probability)
+            token_ids += masked_ids
+            positions += [start + i for i in masked]
+            labels += [ids[i] for i in masked]
             start += len(ids)
-        return Masked(*(torch.tensor(x, dtype=torch.int64) for x in (masked, rows, truth)))
+        return Masked(*(torch.tensor(x, dtype=torch.int64) for x in (token_ids, positions, labels)))
 
     def __getitem__(self, step):
         batches = []
@@ -299,7 +299,7 @@ class Batches(torch.utils.data.Dataset):
             a, b, ids, rngs = zip(*self.examples(step, stream, told["records"]))
             b = self.encode(b, told)
             first = {"images": torch.from_numpy(np.stack(a))} if stream == 0 else {"a": pack(self.encode(a, told))}
-            batches.append(first | {"b": pack(b), "masked": self.hide(b, rngs), "ids": torch.tensor(ids)} | told)
+            batches.append(first | {"b": pack(b), "masked": self.mask(b, rngs), "ids": torch.tensor(ids)} | told)
         return batches
 
     def encode(self, texts, told):
@@ -385,7 +385,7 @@ def show_example():
     image, pair = Batches(tokenizer, DemoImages(), DemoParallel(), 2, 2, seed=0)[0]
     print("images    ", tuple(image["images"].shape))
     for name, x in (("caption", image["b"]), ("masked", image["masked"]), ("a", pair["a"]), ("b", pair["b"])):
-        print(f"{name:10}", " ".join(tokenizer.words(x.words)))
+        print(f"{name:10}", " ".join(tokenizer.pieces(x.token_ids)))
 
 
 if __name__ == "__main__":

@@ -253,15 +253,15 @@ def print_table(report):
 @torch.no_grad()
 def explain(model, tokenizer, image):
     """Prints what the first pair of an image-text batch (data.Batches) becomes, with real numbers and shapes."""
-    words, s, masked, m = tokenizer.words, image["b"], image["masked"], image["masked"].rows
-    end, hidden = s.starts[1], image["masked"].rows < image["b"].starts[1]
+    words, s, masked, m = tokenizer.pieces, image["b"], image["masked"], image["masked"].positions
+    end, hidden = s.starts[1], image["masked"].positions < image["b"].starts[1]
     print(f"a batch         {len(image['ids'])} images {tuple(image['images'].shape)} uint8 and their captions: "
-          f"{len(s.words)} words in one row, no padding\n"
-          f"caption 0       {' '.join(words(s.words[:end]))}\n"
-          f"  as numbers    {s.words[:end].tolist()}, rows 0 to {end - 1}\n"
-          f"  some hidden   {' '.join(words(masked.words[:end]))}, hidden rows {m[hidden].tolist()}")
+          f"{len(s.token_ids)} words in one row, no padding\n"
+          f"caption 0       {' '.join(words(s.token_ids[:end]))}\n"
+          f"  as numbers    {s.token_ids[:end].tolist()}, rows 0 to {end - 1}\n"
+          f"  some hidden   {' '.join(words(masked.token_ids[:end]))}, hidden rows {m[hidden].tolist()}")
     a = model.encode_image(normalise(image["images"]), image["ids"])
-    b, blind = (model.encode_text(w, s.starts, image["ids"]) for w in (s.words, masked.words))
+    b, blind = (model.encode_text(w, s.starts, image["ids"]) for w in (s.token_ids, masked.token_ids))
     print(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} "
           f"and one unit vector of {a.vectors.shape[1]}\n"
           f"view b          caption 0: {end} states and one unit vector; "
@@ -272,7 +272,7 @@ def explain(model, tokenizer, image):
           f"the true one comes {rank}. of {len(logits)}, its probability is {logits[0].softmax(0)[0]:.4f}")
     _, wrong = contrastive_loss(a, b, model.temperature, seed=0)
     j = int(wrong[1][0])
-    print(f"hard negative   drawn for image 0: caption {j}, {' '.join(words(s.words[s.starts[j]:s.starts[j + 1]]))}")
+    print(f"hard negative   drawn for image 0: caption {j}, {' '.join(words(s.token_ids[s.starts[j]:s.starts[j + 1]]))}")
     pairs, blanks = fuse_pairs(model, a, b, blind.states, m, wrong)
     sure = model.itm_head(pairs).softmax(-1)[:, 1].view(3, -1)
     print(f"fusion          {4 * len(logits)} query sequences over {len(logits)} images; "
@@ -282,10 +282,10 @@ def explain(model, tokenizer, image):
     guesses = torch.nn.functional.linear(model.mlm_head(blanks), model.mlm_head.weight, model.mlm_head.bias).softmax(-1)
     for row, guess in zip(m[hidden].tolist(), guesses):
         best = guess.topk(3)
-        print(f"mask            row {row} was {words(s.words[row:row + 1])[0]} "
-              f"(probability {guess[s.words[row]]:.4f}); best guesses "
+        print(f"mask            row {row} was {words(s.token_ids[row:row + 1])[0]} "
+              f"(probability {guess[s.token_ids[row]]:.4f}); best guesses "
               + ", ".join(f"{w} {p:.3f}" for w, p in zip(words(best.indices), best.values.tolist())))
-    got = cross_view(model, a, b, blind.states, m, masked.truth, seed=0)
+    got = cross_view(model, a, b, blind.states, m, masked.labels, seed=0)
     print("losses          " + ", ".join(f"{name} {got[name].item():.3f}" for name in ("contrast", "match", "mask")))
 
 

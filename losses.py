@@ -118,43 +118,43 @@ def combine_columns(part, first, B):
 # 2. Match, and 3. mask: one pass through the fusion encoder
 # ------------------------------------------------------------------------------------------------------------------
 
-def fuse_pairs(model, a, b, masked, rows, wrong, condition=True):
+def fuse_pairs(model, a, b, masked, positions, negatives, condition=True):
     """True pairs, pairs with a wrong a, pairs with a wrong b, and the masked sentences go through the fusion encoder as
     ONE batch of 4B query sequences. They are copies of only 2B texts (b and masked b) that look at only B views of a.
 
     Returns first-token states (3B, D) in that order, and the states of the masked words (M, D)."""
     B, device = len(b.ids), b.states.device
     everyone = torch.arange(B, device=device)
-    items = everyone[:len(wrong[0])]                                         # none where match is switched off
-    wrong_a, wrong_b = (w.clamp(min=0) for w in wrong)
-    text = torch.cat([items, items, wrong_b, everyone + B])                  # which text asks ...
-    view = torch.cat([items, wrong_a, items,                                 # ... and what it looks at
+    items = everyone[:len(negatives[0])]                                         # none where match is switched off
+    negative_a, negative_b = (x.clamp(min=0) for x in negatives)
+    text = torch.cat([items, items, negative_b, everyone + B])                  # which text asks ...
+    view = torch.cat([items, negative_a, items,                                 # ... and what it looks at
                       everyone if condition else torch.full_like(everyone, -1)])
     starts = torch.cat([b.starts, b.starts[1:] + b.starts[-1]])              # (2B + 1,)
     asked = offsets(starts.diff()[text]).long()                              # (4B + 1,) starts of the query sequences
     pairs = 3 * len(items)
-    wanted = torch.cat([asked[:pairs], rows + asked[pairs]])                 # first tokens, then masked words: sorted
+    wanted = torch.cat([asked[:pairs], positions + asked[pairs]])                 # first tokens, then masked tokens: sorted
     fused = model.fuse(torch.cat([b.states, masked]), starts, a.states, a.starts, view, wanted, text)      # (3B + M, D)
     return fused[:pairs], fused[pairs:]
 
 
-def matching_loss(head, states, wrong):
+def matching_loss(head, states, negatives):
     """states (3B, D) of true, wrong-a and wrong-b pairs -> cross entropy of head's "no, yes"; an item without wrong
     partners (-1) is left out."""
-    counts = ((wrong[0] >= 0) & (wrong[1] >= 0)).repeat(3)                   # (3B,)
-    truth = torch.zeros(len(states), dtype=torch.long, device=states.device)
-    truth[:len(states) // 3] = 1
-    losses = F.cross_entropy(at_least_float32(head(states)), truth, reduction="none")  # (3B, D) -> (3B, 2) -> (3B,)
+    counts = ((negatives[0] >= 0) & (negatives[1] >= 0)).repeat(3)                   # (3B,)
+    labels = torch.zeros(len(states), dtype=torch.long, device=states.device)
+    labels[:len(states) // 3] = 1
+    losses = F.cross_entropy(at_least_float32(head(states)), labels, reduction="none")  # (3B, D) -> (3B, 2) -> (3B,)
     return global_mean((losses * counts).sum(), counts.sum())
 
 
-def masked_lm_loss(head, states, words):
-    """states (M, D) of masked positions, words (M,) what stood there -> cross entropy over the vocabulary. The logits
+def masked_lm_loss(head, states, labels):
+    """states (M, D) of masked positions, labels (M,) the true ids -> cross entropy over the vocabulary. The logits
     (M, V) exist a chunk at a time: at M = 1,024 and V = 250,002 that is 0.2 GB instead of 2.9."""
-    options = torch.nn.LinearCrossEntropyOptions() if len(words) * len(head.bias) > 2 ** 27 else None
+    options = torch.nn.LinearCrossEntropyOptions() if len(labels) * len(head.bias) > 2 ** 27 else None
     x = head(states)                                                         # (M, D)
-    own = F.linear_cross_entropy(x, head.weight, words, linear_bias=head.bias, reduction="sum", options=options)
-    return global_mean(own, torch.tensor(len(words), device=states.device))
+    own = F.linear_cross_entropy(x, head.weight, labels, linear_bias=head.bias, reduction="sum", options=options)
+    return global_mean(own, torch.tensor(len(labels), device=states.device))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -164,22 +164,22 @@ def masked_lm_loss(head, states, words):
 WEIGHTS = {"contrast": 1.0, "match": 1.0, "mask": 1.0}                       # F2.6
 
 
-def cross_view(model, a, b, masked, rows, words, seed, wrong=None, same="ignore", weights=WEIGHTS, condition=True):
+def cross_view(model, a, b, masked, positions, labels, seed, negatives=None, same="ignore", weights=WEIGHTS, condition=True):
     """The loss of B items seen as `a` and as `b`.
 
     model      anything with fuse(), itm_head, mlm_head and temperature (CCLM, or an ablation's stand-in)
     a, b       Views; b is text. ids say which items are the same thing
-    masked     (T, D) b's states with some words masked (b's starts); rows (M,) sorted: which; words (M,): the true ids
-    seed       int: the draw of wrong partners. wrong: None, or given (wrong_a (B,), wrong_b (B,)), -1 = none
+    masked     (T, D) b's states with some words masked (b's starts); positions (M,) sorted: which; labels (M,): the true ids
+    seed       int: the draw of wrong partners. negatives: None, or given (negative_a (B,), negative_b (B,)), -1 = none
     same       "ignore" or "positive", see contrastive_loss().  condition=False: masked words are read without looking at a
     Returns {"contrast", "match", "mask"} and their weighted sum "loss", scalars with gradients."""
     loss, drawn = contrastive_loss(a, b, model.temperature, seed, same)
-    wrong = drawn if wrong is None else wrong
+    negatives = drawn if negatives is None else negatives
     if not weights["match"]:
-        wrong = tuple(w[:0] for w in wrong)                                  # no pairs: match is 0 x its inputs
-    pairs, blanks = fuse_pairs(model, a, b, masked, rows, wrong, condition)
-    losses = {"contrast": loss, "match": matching_loss(model.itm_head, pairs, wrong),
-              "mask": masked_lm_loss(model.mlm_head, blanks, words)}
+        negatives = tuple(x[:0] for x in negatives)                                  # no pairs: match is 0 x its inputs
+    pairs, masked_states = fuse_pairs(model, a, b, masked, positions, negatives, condition)
+    losses = {"contrast": loss, "match": matching_loss(model.itm_head, pairs, negatives),
+              "mask": masked_lm_loss(model.mlm_head, masked_states, labels)}
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
 
 

@@ -248,7 +248,7 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """XLM-R: words (T,) int64 and starts -> states (T, D)."""
+    """XLM-R: token_ids (T,) int64 and starts -> states (T, D)."""
 
     def __init__(self, c):
         super().__init__()
@@ -260,11 +260,11 @@ class TextEncoder(nn.Module):
         self.layers = nn.ModuleList(TextLayer(c.width, c.text_heads, c.text_mlp, c.text_eps, c.dropout)
                                     for _ in range(c.text_layers))
 
-    def forward(self, words, starts):
+    def forward(self, token_ids, starts):
         lengths = starts.diff()
-        place = torch.arange(len(words), device=words.device) - torch.repeat_interleave(
-            starts[:-1], lengths, output_size=len(words))                    # (T,): 0, 1, 2 ... in every sentence
-        x = self.token_embedding(words) + self.positions(place + self.offset) + self.token_type
+        place = torch.arange(len(token_ids), device=token_ids.device) - torch.repeat_interleave(
+            starts[:-1], lengths, output_size=len(token_ids))                    # (T,): 0, 1, 2 ... in every sentence
+        x = self.token_embedding(token_ids) + self.positions(place + self.offset) + self.token_type
         x = self.dropout(self.norm(x))
         for layer in self.layers:
             x = run(layer, x, starts)
@@ -336,10 +336,10 @@ class CCLM(nn.Module):
         starts = torch.arange(0, len(states) + 1, len(states) // len(images), dtype=torch.int32, device=images.device)
         return View(states, starts, self.vector(self.vision_proj, states, starts), ids)
 
-    def encode_text(self, words, starts, ids):
-        """words (T,) int64, starts (B+1,) int32, ids (B,) -> View."""
+    def encode_text(self, token_ids, starts, ids):
+        """token_ids (T,) int64, starts (B+1,) int32, ids (B,) -> View."""
         states = self.in_chunks(self.text, len(starts) - 1, lambda i, j: (
-            words[starts[i]:starts[j]], starts[i:j + 1] - starts[i]))        # (T, D)
+            token_ids[starts[i]:starts[j]], starts[i:j + 1] - starts[i]))        # (T, D)
         return View(states, starts, self.vector(self.text_proj, states, starts), ids)
 
     def vector(self, project, states, starts):

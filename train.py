@@ -195,26 +195,26 @@ class Objective(nn.Module):
     def forward(self, image, pair, seed):
         """One step's batches (data.Batches) -> {"image": losses, "text": losses, "loss": their sum}."""
         model = self.model
-        batches = [image["b"], image["b"]._replace(words=image["masked"].words)]
+        batches = [image["b"], image["b"]._replace(token_ids=image["masked"].token_ids)]
         if pair:
-            batches += [pair["a"], pair["b"], pair["b"]._replace(words=pair["masked"].words)]
+            batches += [pair["a"], pair["b"], pair["b"]._replace(token_ids=pair["masked"].token_ids)]
         caption, hidden, *texts = self.encode(batches)
         picture = model.encode_image(normalise(image["images"]), image["ids"])
         options = {"weights": self.weights, "condition": self.args.condition}
         losses = {"image": cross_view(model, picture, caption._replace(ids=image["ids"]), hidden.states,
-                                      image["masked"].rows, image["masked"].truth, seed, **options)}
+                                      image["masked"].positions, image["masked"].labels, seed, **options)}
         if pair:
             a, b, hidden = texts
             losses["text"] = cross_view(self.text_model(), a._replace(ids=pair["ids"]), b._replace(ids=pair["ids"]),
-                                        hidden.states, pair["masked"].rows, pair["masked"].truth, seed + 1, **options)
+                                        hidden.states, pair["masked"].positions, pair["masked"].labels, seed + 1, **options)
         return losses | {"loss": sum(stream["loss"] for stream in losses.values())}
 
     def encode(self, batches):
         """Several packed batches of sentences in ONE pass of the text encoder: one look-up, one embedding gradient."""
-        words = torch.cat([s.words for s in batches])
+        words = torch.cat([s.token_ids for s in batches])
         lengths = torch.cat([s.starts.diff() for s in batches])
         view = self.model.encode_text(words, offsets(lengths), lengths)
-        states = view.states.split([len(s.words) for s in batches])
+        states = view.states.split([len(s.token_ids) for s in batches])
         vectors = view.vectors.split([len(s.starts) - 1 for s in batches])
         return [View(x, s.starts, v, None) for x, s, v in zip(states, batches, vectors)]
 
@@ -458,7 +458,7 @@ def train(args, device, run):
         bar.update()
         if in_a_row == 10:
             raise ValueError(f"loss or gradient was not finite in steps {step - 9} to {step}: lower --lr; "
-                             f"the last batch held {run.tokenizer.words(batch[0]['b'].words[:20])} ...")
+                             f"the last batch held {run.tokenizer.pieces(batch[0]['b'].token_ids[:20])} ...")
         if step % args.save_every == 0 or step == last or stop:
             save(run, step, args)
         if stop or step == last < args.steps:
@@ -473,8 +473,8 @@ def speed(objective, batch, seconds, peak):
     """Throughput of one step on all processes, and the share of the measured matrix-product speed that it used."""
     image, pair = batch
     streams = [image, pair] if pair else [image]
-    words = sum(len(s.words) for x in streams for s in (x["b"], x["masked"])) + (len(pair["a"].words) if pair else 0)
-    fused, hidden = 4 * sum(len(x["b"].words) for x in streams), sum(len(x["masked"].rows) for x in streams)
+    words = sum(len(s.token_ids) for x in streams for s in (x["b"], x["masked"])) + (len(pair["a"].token_ids) if pair else 0)
+    fused, hidden = 4 * sum(len(x["b"].token_ids) for x in streams), sum(len(x["masked"].positions) for x in streams)
     rows = 3 * sum(len(x["ids"]) for x in streams) + hidden
     flops = step_flops(objective, len(image["ids"]), words, fused, rows, hidden)
     sentences = world()[1] * len(pair["ids"]) if pair else 0

@@ -12,10 +12,10 @@ from demo import emoji
 def test_ids_are_laid_out_as_in_xlm_r(tokenizer):
     ids = tokenizer.encode("red apple")
     assert (ids[0] == data.BOS == 0 and ids[-1] == data.EOS == 2 and
-            tokenizer.mask == tokenizer.size - 1 == len(tokenizer.pieces) + 1)
-    assert [i - 1 for i in ids[1:-1]] == tokenizer.pieces.encode("red apple")
-    assert tokenizer.pieces.decode([i - 1 for i in ids[1:-1]]) == "red apple"
-    assert tokenizer.words([0, 2, tokenizer.mask]) == ["<s>", "</s>", "<mask>"]
+            tokenizer.mask == tokenizer.size - 1 == len(tokenizer.processor) + 1)
+    assert [i - 1 for i in ids[1:-1]] == tokenizer.processor.encode("red apple")
+    assert tokenizer.processor.decode([i - 1 for i in ids[1:-1]]) == "red apple"
+    assert tokenizer.pieces([0, 2, tokenizer.mask]) == ["<s>", "</s>", "<mask>"]
 
 
 def test_a_long_sentence_is_cut_and_still_ends(tokenizer):
@@ -32,7 +32,7 @@ def test_masking_hides_only_words_and_as_many_as_stated(tokenizer):
     """F3.6: min(most, round(0.4 n)) positions; 80 % <mask>, 10 % another word, 10 % unchanged; never a special."""
     ids, kinds, n = [0, *range(10, 38), 2], collections.Counter(), 0
     for seed in range(400):
-        masked, hidden = data.mask_words(ids, np.random.default_rng(seed), tokenizer, 0.4, 20)
+        masked, hidden = data.mask_tokens(ids, np.random.default_rng(seed), tokenizer, 0.4, 20)
         assert len(hidden) == 12 and hidden == sorted(set(hidden)) and masked[0] == 0 and masked[-1] == 2
         for i, (old, new) in enumerate(zip(ids, masked)):
             assert old == new or (i in hidden and new > data.UNKNOWN)
@@ -44,7 +44,7 @@ def test_masking_hides_only_words_and_as_many_as_stated(tokenizer):
 
 
 def test_a_sentence_of_specials_hides_nothing(tokenizer):
-    assert data.mask_words([0, 2], np.random.default_rng(0), tokenizer) == ([0, 2], [])
+    assert data.mask_tokens([0, 2], np.random.default_rng(0), tokenizer) == ([0, 2], [])
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 1000, 1025])
@@ -61,9 +61,9 @@ def parts(tokenizer, world, step):
         b = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 8, 12, seed=1, rank=rank, world=world)[step]
         for stream in b:
             for s in (stream["b"], stream.get("a", stream["b"])):
-                out.append([s.words[i:j].tolist() for i, j in zip(s.starts[:-1], s.starts[1:])])
+                out.append([s.token_ids[i:j].tolist() for i, j in zip(s.starts[:-1], s.starts[1:])])
             out.append([list(x.flatten().tolist()) for x in stream.get("images", stream["ids"][:, None])])
-            masked = stream["masked"].words
+            masked = stream["masked"].token_ids
             out.append([masked[i:j].tolist() for i, j in zip(stream["b"].starts[:-1], stream["b"].starts[1:])])
     return [sum((out[rank * 8 + k] for rank in range(world)), []) for k in range(8)]
 
@@ -78,7 +78,7 @@ def test_the_data_are_the_same_with_workers(tokenizer):
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(2, 6), num_workers=2)
     for step, (image, pair) in zip(range(2, 6), loader):
         assert (torch.equal(image["images"], batches[step][0]["images"]) and
-                torch.equal(pair["a"].words, batches[step][1]["a"].words))
+                torch.equal(pair["a"].token_ids, batches[step][1]["a"].token_ids))
 
 
 def test_singles_of_a_batch_are_different_concepts_within_an_epoch():

@@ -40,7 +40,7 @@ def stream(source, tokenizer, batch, steps, world=1, workers=0):
         batches = data.Batches(tokenizer, None, source, batch, batch, seed=3, rank=rank, world=world)
         loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers)
         for step, (_, pair) in zip(steps, loader):
-            found[step, rank] = pair["ids"].tolist(), pair["records"], pair["b"].words.tolist()
+            found[step, rank] = pair["ids"].tolist(), pair["records"], pair["b"].token_ids.tolist()
     return [sum((found[step, rank][k] for step in steps for rank in range(world)), []) for k in range(3)]
 
 

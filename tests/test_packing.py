@@ -42,7 +42,7 @@ def example(model, lengths=(5, 2, 9, 4, 7), seed=1):
 
 def packed_losses(model, a, words, starts, masked, rows, ids, wrong):
     b, hidden = model.encode_text(words, starts, ids), model.encode_text(masked, starts, ids)
-    return losses.cross_view(model, a, b, hidden.states, rows, words[rows], seed=0, wrong=wrong)
+    return losses.cross_view(model, a, b, hidden.states, rows, words[rows], seed=0, negatives=wrong)
 
 
 def padded_losses(model, a, words, starts, masked, rows, ids, wrong):
@@ -131,7 +131,7 @@ def test_sixteen_bit_attention_is_close_to_double():
 
 def test_a_training_batch_has_no_padding(tokenizer):
     batch = data.Batches(tokenizer, data.DemoImages(), None, 8, 8, seed=0)[0][0]
-    assert not (batch["b"].words == data.PAD).any() and len(batch["b"].words) == batch["b"].starts[-1]
+    assert not (batch["b"].token_ids == data.PAD).any() and len(batch["b"].token_ids) == batch["b"].starts[-1]
 
 
 def test_gradient_cache_and_checkpointing_are_exact_and_keep_less():

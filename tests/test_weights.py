@@ -114,7 +114,7 @@ def test_image_text_gives_the_official_numbers(name, dtype):
         assert error(view.vectors, vectors) < near
     check_fusion(model, expected, near, image, caption, text["text_atts"], masked, image, text["text_atts"])
     wrong = expected["neg_image_idx"], expected["neg_text_idx"]
-    losses = cross_view(model, image, caption, masked.states, rows, truth, seed=0, wrong=wrong)
+    losses = cross_view(model, image, caption, masked.states, rows, truth, seed=0, negatives=wrong)
     for ours, theirs in (("contrast", "loss_itc"), ("match", "loss_itm"), ("mask", "loss_mlm")):
         assert error(losses[ours], expected["loss"][theirs]) < near, ours
     losses["loss"].backward()
@@ -160,7 +160,7 @@ def test_retrieval_fine_tuning_gives_the_official_numbers(dtype):
     check_fusion(model, expected, 1e-5, image, caption, text["text_atts"])
     nothing = torch.zeros(0, dtype=torch.long)
     losses = cross_view(model, image, caption, caption.states, nothing, nothing, 0, same="positive",
-                        wrong=(expected["neg_image_idx"], expected["neg_text_idx"]), weights=PAIRS)
+                        negatives=(expected["neg_image_idx"], expected["neg_text_idx"]), weights=PAIRS)
     for ours, theirs in (("contrast", "loss_itc"), ("match", "loss_itm")):
         assert error(losses[ours], expected["loss"][theirs]) < 1e-5, ours
     losses["loss"].backward()

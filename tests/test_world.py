@@ -41,7 +41,7 @@ def worker(out, dtype, spm):
         B = len(a.ids)
         wrong = given_wrong(B * W)[rank * B:(rank + 1) * B]
         wrong = torch.where(wrong < 0, wrong, wrong - rank * B)
-        return plain(model, a, b, *rest, wrong=(wrong, wrong), **options)
+        return plain(model, a, b, *rest, negatives=(wrong, wrong), **options)
     train.cross_view = cross_view
     image, pair = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 8, 16, seed=3, rank=rank, world=W)[0]
     image["ids"][:] = torch.arange(rank * (8 // W), (rank + 1) * (8 // W)) // 3      # some are the same thing
