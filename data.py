@@ -46,7 +46,7 @@ class Arguments(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists what there is)\n")
 
 
-def refused(error):
+def fail(error):
     """Says in one line what was wrong -> exit status 2. A worker's error brings its traceback: the last line of it."""
     text = str(error).strip()
     print("error:", *(text.splitlines()[-1] if "\nOriginal Traceback" in text else text).split(), file=sys.stderr)
@@ -190,7 +190,7 @@ class DemoImages:
         image = emoji.draw([self.drawings[i][rng.integers(len(self.drawings[i]))] for i in ids], rng)
         text = (emoji.keywords(ids[0], language, rng) if len(ids) == 1 and rng.random() < self.keywords else
                 emoji.caption(ids, language))
-        return eval_transform(image, self.size), text, thing(chosen)
+        return eval_transform(image, self.size), text, concept_id(chosen)
 
 
 class DemoParallel(DemoImages):
@@ -207,10 +207,10 @@ class DemoParallel(DemoImages):
         ids = [self.ids[i] for i in chosen]
         said = [emoji.caption(ids, group[rng.integers(len(group))]) for group in (self.languages, self.others)]
         a, b = (said[i] for i in rng.permutation(2))
-        return a, b, thing(chosen)
+        return a, b, concept_id(chosen)
 
 
-def thing(chosen):
+def concept_id(chosen):
     """One int64 for a list of concept numbers, equal for equal lists."""
     return functools.reduce(lambda number, i: number * 1000 + i + 1, chosen, 0)
 
@@ -255,7 +255,7 @@ class Batches(torch.utils.data.Dataset):
         for start in range(first, first + B, 16):
             keys = [self.key(stream, *locate(p)) for p in range(start, min(start + 16, first + B))]
             rngs = [generator(self.seed, *key) for key in keys]              # together: dearer between two images
-            some = [self.good(source, key, rng, told) for key, rng in zip(keys, rngs)]
+            some = [self.read_or_replace(source, key, rng, told) for key, rng in zip(keys, rngs)]
             yield from source.finish(some) if hasattr(source, "finish") else some
 
     def key(self, stream, position, first, n):
@@ -263,7 +263,7 @@ class Batches(torch.utils.data.Dataset):
         epoch, index = example_at(position, n, self.seed, stream)
         return stream, epoch, first + index
 
-    def good(self, source, key, rng, told):
+    def read_or_replace(self, source, key, rng, told):
         """The record of key (stream, epoch, index), in place of a bad one the next good one: B never changes. `told`
         receives "" for a good one, the reason for a bad one."""
         for index in range(key[2], key[2] + TOLERATED + 1):
@@ -376,7 +376,7 @@ def main(argv=None):
     try:
         return (tokenizer_command if training else doctor_command)(args)
     except (ValueError, OSError) as error:
-        return refused(error)
+        return fail(error)
 
 
 def show_example():

@@ -337,7 +337,7 @@ def main(argv=None):
         check_target(args.json)
         args.run(args, "cuda" if torch.cuda.is_available() else "cpu")
     except (ValueError, OSError) as error:
-        return data.refused(error)
+        return data.fail(error)
     return 0
 
 

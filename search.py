@@ -81,7 +81,7 @@ def main(argv=None):
         evaluate.check_target(args.html)
         search(args, "cuda" if torch.cuda.is_available() else "cpu")
     except (ValueError, OSError) as error:
-        return data.refused(error)
+        return data.fail(error)
     return 0
 
 

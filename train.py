@@ -527,10 +527,10 @@ def main(argv=None):
     except (RuntimeError, ConnectionError) as error:                         # torch's words for a process that died
         if not re.search(r"(?i)worker \(pid|closed by peer|reset by peer|broken pipe|timed out|nccl", str(error)):
             raise
-        status = data.refused(f"another process of this run died ({' '.join(str(error).split())[:160]}); the same "
+        status = data.fail(f"another process of this run died ({' '.join(str(error).split())[:160]}); the same "
                               f"command continues from {args.out}/ckpt.pt")
     except (ValueError, OSError) as error:
-        status = data.refused(error)
+        status = data.fail(error)
     if dist.is_initialized():
         if not status:
             dist.barrier()

@@ -338,7 +338,7 @@ def main(argv=None):
             print(f"step {state['step']}, {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary "
                   f"{model.config.vocabulary:,}", *(f"  {k:16}{v}" for k, v in asdict(model.config).items()), sep="\n")
     except (ValueError, OSError) as error:
-        return data.refused(error)
+        return data.fail(error)
     return 0
 
 
