@@ -245,7 +245,7 @@ class Batches(torch.utils.data.Dataset):
         self.sizes, self.world, self.longest, self.mask_probability = (
             (batch, text_batch), world, longest, mask_probability)
 
-    def examples(self, step, stream, told):
+    def examples(self, step, stream, bad_records):
         """Examples of this process: [record..., rng] by position p = step * N + rank * B + i. Sixteen at a time: what
         their source leaves to finish (decoded images) is faster done together."""
         source, N = (self.images, self.parallel)[stream], self.sizes[stream]
@@ -255,7 +255,7 @@ class Batches(torch.utils.data.Dataset):
         for start in range(first, first + B, 16):
             keys = [self.key(stream, *locate(p)) for p in range(start, min(start + 16, first + B))]
             rngs = [generator(self.seed, *key) for key in keys]              # together: dearer between two images
-            some = [self.read_or_replace(source, key, rng, told) for key, rng in zip(keys, rngs)]
+            some = [self.read_or_replace(source, key, rng, bad_records) for key, rng in zip(keys, rngs)]
             yield from source.finish(some) if hasattr(source, "finish") else some
 
     def key(self, stream, position, first, n):
@@ -263,19 +263,19 @@ class Batches(torch.utils.data.Dataset):
         epoch, index = example_at(position, n, self.seed, stream)
         return stream, epoch, first + index
 
-    def read_or_replace(self, source, key, rng, told):
-        """The record of key (stream, epoch, index), in place of a bad one the next good one: B never changes. `told`
-        receives "" for a good one, the reason for a bad one."""
+    def read_or_replace(self, source, key, rng, bad_records):
+        """The record of key (stream, epoch, index), in place of a bad one the next good one: B never changes.
+        bad_records receives "" for a good one, the reason for a bad one."""
         for index in range(key[2], key[2] + TOLERATED + 1):
             try:
                 record = source[index % len(source), rng]
                 break
             except BadRecord as error:
-                told.append(str(error))
+                bad_records.append(str(error))
                 rng = generator(self.seed, *key)
         else:
             record = source.blank                                            # the run stops before it learns this
-        told.append("")
+        bad_records.append("")
         return *record, rng
 
     def mask(self, sentences, rngs):
@@ -290,21 +290,22 @@ class Batches(torch.utils.data.Dataset):
         return Masked(*(torch.tensor(x, dtype=torch.int64) for x in (token_ids, positions, labels)))
 
     def __getitem__(self, step):
+        """-> [image-text batch or None, parallel batch or None, stats]: the stats are for the log, not for the model."""
         batches = []
+        stats = {"bad_records": [], "cut": 0}
         for stream in (0, 1):
             if (self.images, self.parallel)[stream] is None:
                 batches.append(None)
                 continue
-            told = {"records": [], "cut": 0}                                 # for the log, not for the model
-            a, b, ids, rngs = zip(*self.examples(step, stream, told["records"]))
-            b = self.encode(b, told)
-            first = {"images": torch.from_numpy(np.stack(a))} if stream == 0 else {"a": pack(self.encode(a, told))}
-            batches.append(first | {"b": pack(b), "masked": self.mask(b, rngs), "ids": torch.tensor(ids)} | told)
-        return batches
+            a, b, ids, rngs = zip(*self.examples(step, stream, stats["bad_records"]))
+            b = self.encode(b, stats)
+            first = {"images": torch.from_numpy(np.stack(a))} if stream == 0 else {"a": pack(self.encode(a, stats))}
+            batches.append(first | {"b": pack(b), "masked": self.mask(b, rngs), "ids": torch.tensor(ids)})
+        return [*batches, stats]
 
-    def encode(self, texts, told):
+    def encode(self, texts, stats):
         ids = [self.tokenizer.encode(text, None) for text in texts]
-        told["cut"] += sum(len(x) > self.longest for x in ids)
+        stats["cut"] += sum(len(x) > self.longest for x in ids)
         return [x if len(x) <= self.longest else x[:self.longest - 1] + [EOS] for x in ids]
 
 
@@ -382,7 +383,7 @@ def main(argv=None):
 def show_example():
     """One example of each stream of the demo, in words."""
     tokenizer = demo_tokenizer()
-    image, pair = Batches(tokenizer, DemoImages(), DemoParallel(), 2, 2, seed=0)[0]
+    image, pair, _ = Batches(tokenizer, DemoImages(), DemoParallel(), 2, 2, seed=0)[0]
     print("images    ", tuple(image["images"].shape))
     for name, x in (("caption", image["b"]), ("masked", image["masked"]), ("a", pair["a"]), ("b", pair["b"])):
         print(f"{name:10}", " ".join(tokenizer.pieces(x.token_ids)))

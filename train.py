@@ -47,7 +47,7 @@ import data
 import evaluate
 from formats.checkpoints import read_checkpoint, write_checkpoint
 from formats.images import normalise
-from formats.sources import Faults
+from formats.sources import BadRecords
 from kernels.packed import offsets
 from losses import all_reduce, cross_view, world
 from model import PRESETS, Config, Fusion, View, parameter_groups
@@ -327,7 +327,7 @@ def tower_norms(objective):
 
 def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopping, told):
     """Forward, backward, update -> (row for the log, was it skipped, shall we stop, are too many records bad). Every
-    process decides the same. told: of Faults.note."""
+    process decides the same. told: bad records, cut sentences, are there too many bad ones?"""
     image, pair = batch
     factor = lr_at(step, args)
     for group in optimizer.param_groups:
@@ -438,15 +438,17 @@ def train(args, device, run):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     bar = tqdm(total=args.steps, initial=step, disable=world()[0] > 0 or not sys.stderr.isatty(), unit="step")
     objective.train()
-    faults, skipped, in_a_row, clock = Faults(world()[0]), 0, 0, time.perf_counter()
+    bad_records, skipped, in_a_row, clock = BadRecords(world()[0]), 0, 0, time.perf_counter()
     for batch in prepared(loader):
-        told = faults.note(batch)
+        *batch, stats = batch
+        bad, too_many = bad_records.count(stats["bad_records"])
+        told = bad, stats["cut"], too_many
         batch = to_device(batch, device)
         row, skip, stop, spoiled = train_step(wrapped, objective, run.optimizer, batch, step, args, autocast, stopping,
                                               told)
         if spoiled:
             save(run, step, args)
-            raise ValueError(f"{faults.verdict()}; saved {run.path} at step {step}")
+            raise ValueError(f"{bad_records.message()}; saved {run.path} at step {step}")
         step, skipped, in_a_row = step + 1, skipped + skip, in_a_row + 1 if skip else 0
         now = time.perf_counter()
         row |= {"skipped": skipped} | speed(objective, batch, now - clock, peak)
@@ -519,8 +521,8 @@ def main(argv=None):
             pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
         run = prepare(args, device)
         if args.explain:
-            Faults().note(batch := run.batches[0])
-            evaluate.explain(run.objective.model.eval(), run.tokenizer, to_device(batch[0], device))
+            image, *_ = run.batches[0]
+            evaluate.explain(run.objective.model.eval(), run.tokenizer, to_device(image, device))
         else:
             finish(args, device, run, train(args, device, run))
         status = 0

@@ -105,7 +105,7 @@ def equalize(image):
         counts = np.bincount(plane.ravel(), minlength=256)
         step = (counts.sum() - counts[counts > 0][-1]) // 255
         if step:
-            plane[:] = ((step // 2 + counts.cumsum() - counts) // step).clip(0, 255).astype(np.uint8).gather_sequences(plane)
+            plane[:] = ((step // 2 + counts.cumsum() - counts) // step).clip(0, 255).astype(np.uint8).take(plane)
     return torch.from_numpy(flat)
 
 

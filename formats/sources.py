@@ -203,27 +203,29 @@ class Pairs(Stream):
 # Bad records
 # ------------------------------------------------------------------------------------------------------------------
 
-class Faults:
+class BadRecords:
     """Bad records of a process: counted, the first ten named once; too many among the last thousand stop the run."""
 
     def __init__(self, rank=0):
         self.rank, self.window, self.named = rank, collections.deque(maxlen=WINDOW), set()
-        self.count, self.last = 0, None
+        self.last = None
 
-    def note(self, batch):
-        """Takes out of an item of data.Batches what is for the log -> (bad records, cut sentences, time to stop?)."""
-        told = [(stream.pop("records"), stream.pop("cut")) for stream in batch if stream]
-        before, stop = self.count, False
-        for text in (text for records, _ in told for text in records):
-            self.window.append(bool(text))
-            if text:
-                self.count, self.last, stop = self.count + 1, text, stop or sum(self.window) > TOLERATED
-                if len(self.named) < 10 and text not in self.named:
-                    tqdm.write(f"process {self.rank}: skipped {text}")
-                    self.named.add(text)
-        return self.count - before, sum(cut for _, cut in told), stop
+    def count(self, reasons):
+        """The records of a step ("" for a good one, why a bad one is bad) -> (how many are bad, shall the run stop?)."""
+        bad, stop = 0, False
+        for reason in reasons:
+            self.window.append(bool(reason))
+            if not reason:
+                continue
+            bad += 1
+            self.last = reason
+            stop = stop or sum(self.window) > TOLERATED
+            if len(self.named) < 10 and reason not in self.named:
+                tqdm.write(f"process {self.rank}: skipped {reason}")
+                self.named.add(reason)
+        return bad, stop
 
-    def verdict(self):
+    def message(self):
         return (f"more than {TOLERATED} of a process's last {WINDOW:,} records were bad, the last here: "
                 f"{self.last or 'none, but in another process'}; `python data.py FILES` names them all")
 

@@ -39,8 +39,8 @@ def stream(source, tokenizer, batch, steps, world=1, workers=0):
     for rank in range(world):
         batches = data.Batches(tokenizer, None, source, batch, batch, seed=3, rank=rank, world=world)
         loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers)
-        for step, (_, pair) in zip(steps, loader):
-            found[step, rank] = pair["ids"].tolist(), pair["records"], pair["b"].token_ids.tolist()
+        for step, (_, pair, stats) in zip(steps, loader):
+            found[step, rank] = pair["ids"].tolist(), stats["bad_records"], pair["b"].token_ids.tolist()
     return [sum((found[step, rank][k] for step in steps for rank in range(world)), []) for k in range(3)]
 
 
@@ -105,26 +105,27 @@ def test_a_bad_record_is_replaced_by_the_next_good_one_and_counted_exactly(token
 
 def test_more_than_ten_bad_of_the_last_thousand_stop_and_ten_do_not():
     for gap, stops in ((101, False), (100, False), (99, True)):              # at most 10, 10 and 11 of any 1,000
-        faults, flags = sources.Faults(), []
+        bad_records, flags = sources.BadRecords(), []
         for first in range(0, 4000, 20):
-            told = ["bad" if i % gap == gap - 1 else "" for i in range(first, first + 20)]
-            flags.append(faults.note([{"records": told, "cut": 1}, None]))
-        assert any(stop for *_, stop in flags) == stops and faults.count == 4000 // gap
-        assert sum(bad for bad, *_ in flags) == faults.count and sum(cut for _, cut, _ in flags) == 200
+            reasons = ["bad" if i % gap == gap - 1 else "" for i in range(first, first + 20)]
+            flags.append(bad_records.count(reasons))
+        assert any(stop for _, stop in flags) == stops
+        assert sum(bad for bad, _ in flags) == 4000 // gap
 
 
 def test_the_first_ten_bad_records_are_named_once(capsys):
-    faults = sources.Faults()
+    bad_records = sources.BadRecords()
+    count = 0
     for name in [0, 1, 0, 1, *range(12)]:
-        faults.note([{"records": [f"record-{name};"], "cut": 0}])
+        count += bad_records.count([f"record-{name};"])[0]
     said = capsys.readouterr().out
-    assert [said.count(f"record-{name};") for name in range(12)] == [1] * 10 + [0] * 2 and faults.count == 16
+    assert [said.count(f"record-{name};") for name in range(12)] == [1] * 10 + [0] * 2 and count == 16
 
 
 def test_a_source_of_bad_records_alone_stops_at_once_with_a_batch_of_the_same_size(tokenizer):
     item = data.Batches(tokenizer, None, Numbers(20, range(20)), 4, 4, seed=0)[0]
     assert item[1]["ids"].tolist() == [-1] * 4
-    assert sources.Faults().note(item)[2]
+    assert sources.BadRecords().count(item[2]["bad_records"])[1]
 
 
 @pytest.mark.parametrize("languages", [["de"], ["en", "ja"], ["xx"]])

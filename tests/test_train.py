@@ -51,7 +51,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     """It is skipped and counted; weights and moments stay; the next step is a normal one."""
     args = train.settings([*TINY, "--out", str(tmp_path), "--steps", "9"])
     run = train.prepare(args, torch.device("cpu"))
-    batch, context = run.batches[0], torch.autocast("cpu", enabled=False)
+    batch, context = run.batches[0][:2], torch.autocast("cpu", enabled=False)
     step = lambda weight: (run.objective.weights.update(contrast=weight), train.train_step(
         run.objective, run.objective, run.optimizer, batch, 0, args, context, False, (0, 0, False)))[1]
     step(1.0)
@@ -79,7 +79,7 @@ def test_unshared_fusion_learns_apart_from_the_same_start(tmp_path):
     run = train.prepare(args, torch.device("cpu"))
     a, b = run.objective.model.fusion.state_dict(), run.objective.text_fusion.state_dict()
     assert all(torch.equal(a[n], b[n]) for n in a)
-    losses = run.objective(*run.batches[0], seed=0)
+    losses = run.objective(*run.batches[0][:2], seed=0)
     losses["text"]["loss"].backward()
     assert all(p.grad is None for p in run.objective.model.fusion.parameters())
     assert all(p.grad is not None for p in run.objective.text_fusion.parameters())
@@ -96,9 +96,9 @@ def test_a_new_run_can_start_from_a_checkpoint(tmp_path):
 def test_bf16_autocast_gives_nearly_the_losses_of_fp32(tmp_path):
     args = train.settings([*TINY, "--out", str(tmp_path)])
     run = train.prepare(args, torch.device("cpu"))
-    exact = run.objective(*run.batches[0], seed=0)["loss"]
+    exact = run.objective(*run.batches[0][:2], seed=0)["loss"]
     with torch.autocast("cpu", torch.bfloat16):
-        rough = run.objective(*run.batches[0], seed=0)["loss"]
+        rough = run.objective(*run.batches[0][:2], seed=0)["loss"]
     rough.backward()
     assert abs(float((rough - exact).detach())) < 0.02 * float(exact.detach())
 

@@ -93,12 +93,12 @@ def one_corruption(number, folder, tokenizer):
     assert len(source) == len(truth), (what, len(source), len(truth))
     bad = {i for i, thing in enumerate(truth) if thing is None}
     batches = data.Batches(tokenizer, *([source, None] if images else [None, source]), 8, 8, seed=number)
-    faults, found, skipped, stop, expected, visits = sources.Faults(), [], 0, False, [], 0
+    bad_records, found, skipped, stop, expected, visits = sources.BadRecords(), [], 0, False, [], 0
     with contextlib.redirect_stdout(io.StringIO()) as said:
         for step in range(-(-len(truth) // 8)):
             item = batches[step]
             found += item[not images]["ids"].tolist()
-            count, _, now = faults.note(item)
+            count, now = bad_records.count(item[2]["bad_records"])
             skipped, stop = skipped + count, stop or now
         status = data.main([str(path)])
     assert status == bool(bad) and f"broken {'':9} {len(bad) or 'none'}" in said.getvalue(), (what, said.getvalue())
