@@ -242,6 +242,7 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, tokenizer, images, parallel, batch, text_batch, seed, rank=0, world=1, longest=LONGEST,
                  mask_probability=0.4):
         self.tokenizer, self.images, self.parallel, self.seed, self.rank = tokenizer, images, parallel, seed, rank
+        self.records = [len(images or ()), len(parallel or ())]
         self.sizes, self.world, self.longest, self.mask_probability = (
             (batch, text_batch), world, longest, mask_probability)
 

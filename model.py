@@ -32,7 +32,8 @@ from kernels.packed import GatherRows, offsets, gather_sequences
 
 @dataclass(frozen=True)
 class Config:
-    """One model. Every field is also a flag of train.py; PRESETS holds the combinations we vouch for."""
+    """One model. Every field is also a flag of train.py; PRESETS holds the combinations we vouch for, RECIPES how each
+    of them is trained."""
     width: int = 128                    # D, of all three parts
     embedding: int = 256                # E, the contrastive vectors
     dropout: float = 0.1                # on embeddings and sublayer outputs; none on attention probabilities
@@ -81,6 +82,57 @@ PRESETS = {
                     text_layers=24, text_heads=16, text_mlp=4096, fusion_layers=6, fusion_heads=16,
                     fusion_mlp=4096, fusion_eps=1e-12, vocabulary=250002, positions=514, tied=False),
 }
+
+
+# How a preset is trained: {flag of train.py: what it means}. RECIPES holds the values.
+RECIPE = {
+    "steps": "length of the schedule",
+    "warmup": "steps of linear warm-up, from which the rate falls linearly to 0",
+    "batch": "image-caption pairs per step, all processes together",
+    "text_batch": "sentence pairs per step",
+    "lr": "peak learning rate",
+    "vision_lr": "rate of the image encoder, times --lr",
+    "text_lr": "rate of the text encoder, times --lr",
+    "fusion_lr": "rate of fusion encoder and match head, times --lr",
+    "new_lr": "rate of what the files behind --init did not hold, times --lr",
+    "temperature_lr": "peak rate of the temperature",
+    "mask_probability": "share of a sentence's tokens that are masked",
+    "caption_masked": "most tokens of a caption that are masked",
+    "sentence_masked": "most tokens of a sentence of parallel text that are masked",
+    "caption_tokens": "tokens at which a caption is cut, with <s> and </s>",
+    "sentence_tokens": "tokens at which a sentence of parallel text is cut",
+    "save_every": "steps between checkpoints; the last step is always saved",
+    "validate_every": "steps between validations; 0: none",
+    "workers": "processes that prepare batches for each trainer; 0: none, -1: by the cores",
+}
+RECIPES = {
+    # Chosen on the demo's val splits (docs/experiments.md).
+    "demo": dict(
+        steps=1500, warmup=100, batch=128, text_batch=128,
+        lr=1e-3, vision_lr=1.0, text_lr=1.0, fusion_lr=2.0, new_lr=1.0, temperature_lr=3e-4,
+        mask_probability=0.15, caption_masked=20, sentence_masked=20,
+        caption_tokens=64, sentence_tokens=64, save_every=500, validate_every=500, workers=1),
+    # NOT published and never trained: a guess. The contrastive loss wants a large batch; a model of
+    # this size from random weights stands a few 1e-4 after a long warm-up; masking is CCLM-3M's.
+    "small": dict(
+        steps=100_000, warmup=5000, batch=1024, text_batch=1024,
+        lr=5e-4, vision_lr=1.0, text_lr=1.0, fusion_lr=1.0, new_lr=1.0, temperature_lr=5e-4,
+        mask_probability=0.4, caption_masked=12, sentence_masked=20,
+        caption_tokens=40, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1),
+    # CCLM-X2VLM-base and -large as published (docs/paper.md), but for save_every, which was 50,000.
+    "base": dict(
+        steps=406_614, warmup=1000, batch=480, text_batch=480,
+        lr=4e-5, vision_lr=0.5, text_lr=2.0, fusion_lr=1.0, new_lr=2.0, temperature_lr=4e-5,
+        mask_probability=0.4, caption_masked=10, sentence_masked=16,
+        caption_tokens=30, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1),
+    "large": dict(
+        steps=406_614, warmup=1000, batch=480, text_batch=480,
+        lr=3e-5, vision_lr=1 / 3, text_lr=2.0, fusion_lr=1.0, new_lr=2.0, temperature_lr=3e-5,
+        mask_probability=0.4, caption_masked=10, sentence_masked=16,
+        caption_tokens=30, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1),
+}
+RECIPE_SOURCES = {"demo": "chosen on its val splits", "small": "not published: a guess, never trained",
+                  "base": "CCLM-X2VLM-base as published", "large": "CCLM-X2VLM-large as published"}
 
 
 def at_least_float32(x):
@@ -399,15 +451,15 @@ def init_weights(model):
     nn.init.zeros_(model.itm_head[-1].weight)
 
 
-def parameter_groups(model, lr, weight_decay=0.01, new=(), new_lr=2.0, temperature_lr=1e-4):
-    """AdamW's groups: no decay for vectors and scalars (biases, norms, layer scale, temperature); names in `new` learn
-    at new_lr times the rate (F4.1). The temperature has its own rate: at the trunk's it hits its clamp in 30 steps."""
+def parameter_groups(model, rate, weight_decay=0.01):
+    """AdamW's groups: no decay for vectors and scalars (biases, norms, layer scale, temperature). rate: a function of a
+    parameter's name -> its peak learning rate."""
     groups = {}
     for name, p in model.named_parameters():
-        rate = min(temperature_lr, lr) if name.endswith("temperature") else lr * (new_lr if name in new else 1.0)
-        groups.setdefault((rate, weight_decay if p.ndim >= 2 else 0.0), []).append(p)
-    return [{"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay}
-            for (rate, decay), params in groups.items()]
+        decay = weight_decay if p.ndim >= 2 else 0.0
+        groups.setdefault((rate(name), decay), []).append(p)
+    return [{"params": params, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+            for (peak, decay), params in groups.items()]
 
 
 def build(preset="demo", **changes):

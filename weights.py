@@ -191,7 +191,7 @@ def starting_point(path, state, flags):
     --init_text, else at random weights -> (CCLM, data.Tokenizer, a line about it). flags: the command line as a dict;
     its fields of Config (None: not given) win over the source's, and the source's over the preset's."""
     changes = {field.name: flags[field.name] for field in fields(Config) if flags.get(field.name) is not None}
-    preset, named = flags["preset"], [name for name in INITS if flags[name]]
+    preset, named = flags["preset"], [name for name in INITS if flags.get(name)]
     paths, own_data = [flags[name] for name in named], bool(flags.get("images"))
     given = (lambda: data.load_tokenizer(flags["tokenizer"])) if own_data else data.demo_tokenizer
     if not state and not paths:
