@@ -68,7 +68,7 @@ CHOICES = {"vision": ("vit", "beit2", "clip"), "pool": ("first", "mean")}
 def settings(argv=None):
     """The command line. Every field of model.Config is a flag too."""
     style = type("Help", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
-    parser, on_off = data.Arguments(description=__doc__, formatter_class=style), argparse.BooleanOptionalAction
+    parser, on_off = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__, formatter_class=style), argparse.BooleanOptionalAction
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="out", help="folder for ckpt.pt, log.csv and results.json")
     run.add_argument("--steps", type=int, default=1500, help="length of the schedule")
@@ -396,8 +396,9 @@ def prepare(args, device):
     records = [len(images), len(parallel or ())]
     if state and state["config"].get("records", records) != records:
         say(f"the data changed: {state['config']['records']} records then, {records} now, from here on in a new order")
-    batches = data.Batches(tokenizer, images, parallel, args.batch, args.text_batch, args.seed, rank, W,
-                           mask_probability=args.mask_probability)
+    image_stream = data.Stream(images, args.batch, 64, args.mask_probability, 20)
+    text_stream = parallel and data.Stream(parallel, args.text_batch, 64, args.mask_probability, 20)
+    batches = data.Batches(tokenizer, image_stream, text_stream, args.seed, rank, W)
     return SimpleNamespace(objective=objective, optimizer=optimizer, tokenizer=tokenizer, batches=batches,
                            records=records, step=state["step"] if state else 0, path=path)
 

@@ -43,7 +43,8 @@ def worker(out, dtype, spm):
         wrong = torch.where(wrong < 0, wrong, wrong - rank * B)
         return plain(model, a, b, *rest, negatives=(wrong, wrong), **options)
     train.cross_view = cross_view
-    image, pair, _ = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 8, 16, seed=3, rank=rank, world=W)[0]
+    streams = data.Stream(data.DemoImages(), 8), data.Stream(data.DemoParallel(), 16)
+    image, pair, _ = data.Batches(tokenizer, *streams, seed=3, rank=rank, world=W)[0]
     image["ids"][:] = torch.arange(rank * (8 // W), (rank + 1) * (8 // W)) // 3      # some are the same thing
     plain_normalise = train.normalise
     train.normalise = lambda images: plain_normalise(images).to(dtype)
