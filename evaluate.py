@@ -69,7 +69,7 @@ def encode_images(model, images, device, batch):
 
 def encode_texts(model, tokenizer, texts, device, batch):
     """n texts -> View of the U different ones, shortest first (less padding), and each text's place in it (n,)."""
-    longest = min(data.LONGEST, model.text.longest)
+    longest = min(64, model.text.longest)
     ids = [tuple(tokenizer.encode(text, longest)) for text in texts]
     order, views = sorted(set(ids), key=lambda x: (len(x), x)), []
     for first in range(0, len(order), batch):
@@ -322,7 +322,7 @@ def retrieval_command(args, device):
 
 def main(argv=None):
     """The command line -> exit status; a user's mistake is one line and status 2."""
-    parser = data.Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="{retrieval}")
     score = commands.add_parser("retrieval", help="recall per language, both directions",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -428,7 +428,7 @@ def save(run):
         return
     model = run.objective.model
     config = {"model": asdict(model.config), "train": vars(run.args),
-              "records": run.batches.records}
+              "records": run.batches.records()}
     state = {"model": model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
              "skipped": run.skipped, "config": config, "tokenizer": run.objective.tokenizer.model}
     write_checkpoint(run.path, state, run.args.keep)
@@ -557,17 +557,21 @@ def prepare(args, device):
     if state:
         run.step, run.skipped = state["step"], state["skipped"]
         before = state["config"]["records"]
-        if before != batches.records:
-            say(f"the data changed: {before} records then, {batches.records} now, from here on in "
-                f"a new order")
+        if before != batches.records():
+            say(f"the data changed: {before} records then, {batches.records()} now, from here on "
+                f"in a new order")
     return run
 
 
 def make_batches(args, model, tokenizer):
     """The two streams as the recipe wants them, within the model's table of positions."""
     images, texts = data.streams(args, model.config.image_size)
-    return data.Batches(tokenizer, images, texts, args.batch, args.text_batch, args.seed, *world(),
-                        mask_probability=args.mask_probability)
+    longest = model.text.longest
+    image_stream = data.Stream(images, args.batch, min(args.caption_tokens, longest),
+                               args.mask_probability, args.caption_masked)
+    text_stream = texts and data.Stream(texts, args.text_batch, min(args.sentence_tokens, longest),
+                                        args.mask_probability, args.sentence_masked)
+    return data.Batches(tokenizer, image_stream, text_stream, args.seed, *world())
 
 
 STOP = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")      # SLURM sends the last one before the first

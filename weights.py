@@ -170,9 +170,9 @@ def settled(preset, source, changes, title):
 
 def check_positions(config, title):
     """ValueError when a sentence as long as training and search make it would not fit."""
-    if config.positions - config.offset < data.LONGEST:
+    if config.positions - config.offset < 64:
         raise ValueError(f"{title}: the position table has room for {config.positions - config.offset} tokens, and "
-                         f"sentences here have up to {data.LONGEST}: a longer one is needed")
+                         f"sentences here have up to {64}: a longer one is needed")
 
 
 def initialise(model, source):
@@ -305,7 +305,7 @@ def check_out(out):
 
 def main(argv=None):
     """-> exit status: 0, or 2 after one line about what was wrong with the input."""
-    parser = data.Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="import SOURCE ..., export CKPT DIR, or CKPT (default: out/ckpt.pt)")
     parser.add_argument("--out", type=pathlib.Path, help="import: the checkpoint to write")
     parser.add_argument("--every_second", action="store_true", help="import: XLM-R's layers 1, 3, 5 as text and fusion")

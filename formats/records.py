@@ -7,7 +7,7 @@
     Columns      two columns with a tab between; or three, WikiMatrix's score first
     PlainText    NAME.en NAME.de ...: line i says the same in each
 
-record(i) -> (bytes of the image, or what identifies a pair; {language: [texts]}), or an exception of BROKEN. One fast
+record(i) -> (bytes of the image, or what identifies a pair; {language: [texts]}), or an exception. One fast
 pass notes where each record starts. The notes, 8 bytes a line, lie in .FILE.index (or in the cache folder) and are
 read like the records, a few bytes at an offset: neither a million records nor a thousand shards cost memory.
 """
@@ -33,13 +33,20 @@ from tqdm import tqdm
 IMAGE_KEYS, CAPTION_KEYS = ("image", "binary", "img_path"), ("captions", "caption", "desc", "sentences")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LARGEST = 1 << 28                                     # bytes of a record: longer is no record but a broken file
-BROKEN = (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, SyntaxError, OverflowError, RecursionError,
-          struct.error, zlib.error, Image.DecompressionBombError)            # what bad bytes make json and Pillow raise
 TOLERATED, WINDOW = 10, 1000                          # bad records among a process's last ones, before training stops
 
 
 class BadRecord(Exception):
     """A record cannot be read: file, record and reason in one line."""
+
+
+@contextlib.contextmanager
+def reading(reader, i):
+    """The one place where what is wrong with record i becomes a BadRecord."""
+    try:
+        yield
+    except Exception as error:                  # broad: damaged bytes make json, base64 and Pillow
+        raise BadRecord(f"{reader.where(i)}: {reason(error)}") from error       # raise anything
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -68,6 +75,9 @@ class Index:
 
     def __len__(self):
         return self.length
+
+    def __getitem__(self, i):
+        return self.read(i, 1)[0]
 
     def read(self, start, count):
         file = opened(self.place, version=tuple(self.stamp))

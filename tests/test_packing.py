@@ -130,7 +130,7 @@ def test_sixteen_bit_attention_is_close_to_double():
 
 
 def test_a_training_batch_has_no_padding(tokenizer):
-    batch = data.Batches(tokenizer, data.DemoImages(), None, 8, 8, seed=0)[0][0]
+    batch = data.Batches(tokenizer, data.Stream(data.DemoImages(), 8), None, seed=0)[0][0]
     assert not (batch["b"].token_ids == data.PAD).any() and len(batch["b"].token_ids) == batch["b"].starts[-1]
 
 

@@ -22,7 +22,7 @@ def texts_or_reasons(reader):
     for i in range(len(reader)):
         try:
             found.append(reader.record(i)[1])
-        except records.BROKEN as error:
+        except Exception as error:
             found.append(records.reason(error))
     return found
 
@@ -65,21 +65,21 @@ def test_a_full_disk_leaves_no_index_and_says_so(tmp_path):
 def test_languages_skip_whole_files_of_other_languages(tmp_path):
     for k in ("bn", "de"):
         (tmp_path / f"W.{k}-en.tsv").write_text(f"{k}\ten\n" * 3)
-    assert len(sources.Pairs([f"{tmp_path}/*.tsv"], ["de", "en"])) == 3      # one of the two languages is no pair
+    assert len(data.pair_files([f"{tmp_path}/*.tsv"], ["de", "en"])) == 3      # one of the two languages is no pair
     with pytest.raises(ValueError, match="no record in bn de"):
-        sources.Pairs([f"{tmp_path}/*.tsv"], ["bn", "de"])
+        data.pair_files([f"{tmp_path}/*.tsv"], ["bn", "de"])
 
 
 def test_broken_records_stay_in_a_language_filter_and_filters_do_not_mix(tmp_path):
     rows = [{"image": "x.jpg", "caption": {k: k}} for k in ("en", "de", "de")] + [{"image": "x.jpg"}]
     path = samples.lines(tmp_path / "a.jsonl", rows)
-    assert [len(sources.Images([path], 32, k)) for k in (["en"], ["de"], ["en"])] == [2, 3, 2]
+    assert [len(data.image_files([path], 32, k)) for k in (["en"], ["de"], ["en"])] == [2, 3, 2]
 
 
 def test_a_literal_name_goes_before_a_pattern_and_nothing_is_one_line(tmp_path):
     for name in ("[1].tsv", "1.tsv"):
         (tmp_path / name).write_text("a\tb\n")
-    assert sources.parse(f"{tmp_path}/[1].tsv")[0] == [f"{tmp_path}/[1].tsv"]
+    assert sources.parse(f"{tmp_path}/[1].tsv").files == [f"{tmp_path}/[1].tsv"]
     assert data.main([""]) == 2 and data.main([f"{tmp_path}/1.tsv=0"]) == 2
 
 
@@ -87,15 +87,15 @@ def test_a_folder_is_read_without_what_lies_beside_the_data(tmp_path):
     wanted = ["00000.TAR", "a.jsonl", "b.json", "c.tsv", "part-00000"]
     for name in (*wanted, "00000_stats.json", "00000.parquet", "LICENSE", "_SUCCESS", ".c.tsv.index", "README.md"):
         (tmp_path / name).touch()
-    assert [os.path.basename(file) for file in sources.parse(str(tmp_path))[0]] == wanted
+    assert [os.path.basename(file) for file in sources.parse(str(tmp_path)).files] == wanted
 
 
 @pytest.mark.parametrize("names", ["en", "de,en,fr", "de,de"])
 def test_parallel_text_has_two_languages(tmp_path, names):
     (tmp_path / "a.TSV").write_text("a\tb\n")
-    assert list(sources.Pairs([f"{tmp_path}/a.TSV@de,en"]).readers[0].record(0)[1]) == ["de", "en"]
+    assert list(data.pair_files([f"{tmp_path}/a.TSV@de,en"]).readers[0].record(0)[1]) == ["de", "en"]
     with pytest.raises(ValueError, match="name its two languages"):
-        sources.Pairs([f"{tmp_path}/a.TSV@{names}"])
+        data.pair_files([f"{tmp_path}/a.TSV@{names}"])
 
 
 @pytest.mark.parametrize("first", ["", "\n" * 7, "{broken", '{"captions": {"en": "no image"}}'])
@@ -168,10 +168,3 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
 def test_line_breaks_in_base64_are_none(tmp_path):
     row = image_row("x") | {"image": base64.encodebytes(samples.jpeg(0)).decode()}
     assert records.ImageLines(samples.lines(tmp_path / "a.jsonl", [row])).record(0)[0] == samples.jpeg(0)
-
-
-def test_a_large_jpeg_is_not_decoded_smaller_than_the_size_that_is_asked_for(tmp_path):
-    rows = [{"image": base64.b64encode(samples.jpeg(0, 1600, 1200)).decode(), "caption": "x"}]
-    source = sources.Images([samples.lines(tmp_path / "a.jsonl", rows)], 200)
-    cuts = [source[0, data.generator(i)][0].pixels for i in range(9)]
-    assert all(200 <= min(cut.shape[:2]) for cut in cuts) and any(max(cut.shape[:2]) < 600 for cut in cuts)

@@ -4,8 +4,8 @@ import tarfile
 
 import samples
 
+import data
 from formats import records
-from formats import sources
 
 
 def test_a_member_of_whole_blocks_a_key_twice_and_txt_beside_json(tmp_path):
@@ -25,7 +25,7 @@ def test_a_caption_file_is_read_without_its_mark_and_line_end_also_in_an_archive
     with tarfile.open(tmp_path / "A.TAR", "w") as tar:
         samples.add(tar, "0.jpg", samples.jpeg(0))
         samples.add(tar, "0.txt", "\ufeffa dog\r\n".encode())
-    assert sources.Images([f"{tmp_path}/A.TAR@en"], 32).readers[0].record(0)[1] == {"en": ["a dog"]}
+    assert data.image_files([f"{tmp_path}/A.TAR@en"], 32).readers[0].record(0)[1] == {"en": ["a dog"]}
 
 
 def test_a_long_name_whose_member_is_damaged_goes_to_no_other(tmp_path):

@@ -86,13 +86,13 @@ def one_corruption(number, folder, tokenizer):
         truth = [None]                                                       # one stretch without any header
     what, images = f"{number}: {kind}, {way}", kind != "pairs"
     try:
-        source = sources.Images([str(path)], 32) if images else sources.Pairs([str(path)])
+        source = data.image_files([str(path)], 32) if images else data.pair_files([str(path)])
     except ValueError as error:
         assert not truth and str(path) in str(error), what
         return what + f", refused: {error}", 0
     assert len(source) == len(truth), (what, len(source), len(truth))
     bad = {i for i, thing in enumerate(truth) if thing is None}
-    batches = data.Batches(tokenizer, *([source, None] if images else [None, source]), 8, 8, seed=number)
+    batches = data.Batches(tokenizer, *([data.Stream(source, 8), None] if images else [None, data.Stream(source, 8)]), seed=number)
     bad_records, found, skipped, stop, expected, visits = sources.BadRecords(), [], 0, False, [], 0
     with contextlib.redirect_stdout(io.StringIO()) as said:
         for step in range(-(-len(truth) // 8)):
