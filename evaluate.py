@@ -89,12 +89,13 @@ def match_logits(model, texts, images, pairs, batch):
     pairs, place = pairs.unique(dim=0, return_inverse=True)
     logits = torch.empty(len(pairs), 2, device=pairs.device)
     for part in pairs[:, 1].argsort(stable=True).split(batch):
-        (said, sources), (shown, memory) = (column.unique(return_inverse=True) for column in pairs[part].T)
+        (said, query_text), (shown, query_view) = (column.unique(return_inverse=True) for column in pairs[part].T)
         text_rows, text_starts = gather_sequences(texts.starts, said)
         image_rows, image_starts = gather_sequences(images.starts, shown)
-        first = offsets(text_starts.diff()[sources])[:-1].long()             # (batch,) their first tokens
-        fused = model.fuse(texts.states[text_rows], text_starts, images.states[image_rows], image_starts, memory,
-                           rows=first, sources=sources)                      # (T, D) -> (batch, D)
+        first = offsets(text_starts.diff()[query_text])[:-1].long()             # (batch,) their first tokens
+        some_texts = View(texts.states[text_rows], text_starts, None, None)
+        some_images = View(images.states[image_rows], image_starts, None, None)
+        fused = model.fuse(some_texts, some_images, query_text, query_view, first)       # (batch, D)
         logits[part] = model.itm_head(fused).float()
     return logits[place]
 

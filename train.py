@@ -126,7 +126,6 @@ def add_data_flags(flag):
     flag("--parallel_text", action=ON_OFF, default=True, help="train on the second stream")
     flag("--match", action=ON_OFF, default=True, help="the matching loss")
     flag("--condition", action=ON_OFF, default=True, help="masked tokens see the other view")
-    flag("--shared_fusion", action=ON_OFF, default=True, help="one fusion encoder for both")
     for name in LOSSES:
         flag(f"--{name}_weight", type=float, default=1.0, help="weight of the loss")
 
@@ -169,6 +168,8 @@ def check(args):
             raise ValueError(f"--{name} {value} is not a multiple of {W} processes")
     if args.texts and not args.images:
         raise ValueError("--texts needs --images too: FILES, or demo for the built-in ones")
+    if args.shared_fusion is False and not args.parallel_text:
+        raise ValueError("--no-shared_fusion needs parallel text: nothing else uses the second one")
     if args.held_out and is_demo(args):
         raise ValueError("--held_out is for your own --images; the demo has a val split")
 
@@ -279,11 +280,12 @@ class Pretraining(nn.Module):
 
         # Stream 1: an image and its caption are two views of one thing ...
         picture = model.encode_image(normalise(image["images"]), image["ids"])
-        found = {"image": self.losses(picture, caption, masked_caption, image, seed)}
+        found = {"image": self.losses(model, picture, caption, masked_caption, image, seed)}
         # ... stream 2: so are a sentence and its translation. The loss function is the same.
         if text:
             a, b, masked_b = parallel
-            found["text"] = self.losses(a._replace(ids=text["ids"]), b, masked_b, text, seed + 1)
+            a = a._replace(ids=text["ids"])
+            found["text"] = self.losses(model.for_parallel_text(), a, b, masked_b, text, seed + 1)
 
         loss = sum(losses["loss"] for losses in found.values())
         numbers = {f"{stream}_{name}": losses[name].detach()
@@ -299,11 +301,11 @@ class Pretraining(nn.Module):
         vectors = view.vectors.split([len(s.starts) - 1 for s in sentences])  # (B, E) -> (B_k, E)
         return [View(x, s.starts, v, None) for x, s, v in zip(states, sentences, vectors)]
 
-    def losses(self, a, b, masked_b, batch, seed):
+    def losses(self, model, a, b, masked_b, batch, seed):
         """cross_view of one stream, whatever its a is."""
         masked = batch["masked"]
         b = b._replace(ids=batch["ids"])
-        return cross_view(self.model, a, b, masked_b.states, masked.positions, masked.labels, seed,
+        return cross_view(model, a, b, masked_b.states, masked.positions, masked.labels, seed,
                           weights=self.weights, condition=self.condition)
 
     def validate(self):

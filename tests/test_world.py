@@ -36,12 +36,12 @@ def worker(out, dtype, spm):
         model.itm_head[-1].weight.normal_(std=0.2)
     class GivenNegatives(train.Pretraining):
         """The objective with this process's share of given negatives, in place of drawn ones."""
-        def losses(self, a, b, masked_b, batch, seed):
+        def losses(self, model, a, b, masked_b, batch, seed):
             B = len(batch["ids"])
             given = given_wrong(B * W)[rank * B:(rank + 1) * B]
             given = torch.where(given < 0, given, given - rank * B)
             masked = batch["masked"]
-            return losses.cross_view(self.model, a, b._replace(ids=batch["ids"]), masked_b.states, masked.positions,
+            return losses.cross_view(model, a, b._replace(ids=batch["ids"]), masked_b.states, masked.positions,
                                      masked.labels, seed, negatives=(given, given))
 
     objective = GivenNegatives(model, tokenizer, args)
