@@ -32,7 +32,6 @@ import argparse
 import contextlib
 import csv
 import datetime
-import functools
 import json
 import math
 import os
@@ -46,6 +45,7 @@ import textwrap
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -248,8 +248,8 @@ class Pretraining(nn.Module):
         report()                    -> results.json of a finished run
     """
 
-    def __init__(self, model, tokenizer, args, validation_rows=None):
-        """validation_rows: a function that makes the rows to validate on."""
+    def __init__(self, model, tokenizer, args, validation_rows=partial(emoji.split, "val")):
+        """validation_rows: a function that makes the rows to validate on, called once."""
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -262,7 +262,7 @@ class Pretraining(nn.Module):
             self.chance[f"{stream}_contrast"] = math.log(batch)
             self.chance[f"{stream}_match"] = 0.6365             # entropy of 1 true : 2 false pairs
             self.chance[f"{stream}_mask"] = math.log(tokenizer.size)
-        self.validation_rows = functools.cache(validation_rows)
+        self.validation_rows = cache(validation_rows)
         groups = ("seen", "text_only", "never") if is_demo(args) else ("all",)
         self.validation = [f"val_{group}_{key}" for group in groups for key in RECALLS]
 
@@ -534,7 +534,7 @@ def prepare(args, device):
     say(f"{path}: {state['step']} of {args.steps} steps are done" if state else f"start: {start}")
 
     batches = make_batches(args, model, tokenizer)
-    objective = Pretraining(model, tokenizer, args, lambda: emoji.split("val")).to(device)
+    objective = Pretraining(model, tokenizer, args).to(device)
     groups = parameter_groups(objective, learning_rate(args, ()), args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     if state:
