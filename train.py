@@ -547,7 +547,7 @@ def prepare(args, device):
             part.compile(dynamic=True)
     wrapped = objective
     if W > 1:       # the gradients are their own buckets, and the only buffers are constants
-        wrapped = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False,
+        wrapped = nn.parallel.DistributedDataParallel(objective, forward_sync_buffers=False,
                                                       gradient_as_bucket_view=True)
     dtype, reason = training_dtype(device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
