@@ -32,7 +32,7 @@ def official(name):
 def imported(name, dtype):
     state, _ = weights.import_sources([path(name)], HEADS)
     model = CCLM(Config(**state["config"]["model"]))
-    weights.load_weights(model, state["model"], name)
+    model.load_state_dict(state["model"])
     return model.eval().to(dtype)
 
 

@@ -28,7 +28,7 @@ def test_sizes_are_the_official_ones_to_the_unit(preset, d, layers, keys, count)
     with torch.device("meta"):
         model = CCLM(build(preset, **source.fields))
     assert model.config == build(preset)
-    _, missing = layouts.fit(source, model)
+    _, missing = layouts.adapt_to_model(source, model)
     box = sum(t.numel() for name, t in tensors.items() if name.startswith("bbox"))
     assert not missing and sum(p.numel() for p in model.parameters()) == count - box
 
@@ -163,7 +163,7 @@ def test_position_tables_are_resized_bicubically():
 
 def test_the_cubic_spline_is_scipys():
     """scipy.interpolate.CubicSpline (not-a-knot) gave these numbers; tests/test_weights_others.py runs SciPy itself."""
-    matrix = layouts.cubic(np.array([-4.0, -1.5, 0, 1, 3, 7]), np.array([-3.0, 0.25, 2.0, 6.5]))
+    matrix = layouts.spline_matrix(np.array([-4.0, -1.5, 0, 1, 3, 7]), np.array([-3.0, 0.25, 2.0, 6.5]))
     want = [0.5298155737704916, 1.197744300717213, 1.906548838797814, -1.9076065146857921]
     assert np.abs(matrix @ [2.0, -1, 0.5, 3, -2, 4] - want).max() < 1e-12
 
@@ -174,6 +174,6 @@ def test_resized_relative_tables_keep_cubics():
     old, new = torch.cat([-side.flip(0), torch.zeros(1), side]), torch.arange(-23.0, 24.0)
     cubic = lambda y, x: (y ** 3 - 2 * y * x ** 2 + 5 * x - 3 * y).flatten()
     table = torch.cat([cubic(old[:, None], old), torch.tensor([1.0, 2.0, 3.0])])[:, None]         # (732, 1)
-    got, want = layouts.resize_relative(table, 24)[:, 0], cubic(new[:, None], new)
+    got, want = layouts.resize_bias_table(table, 24)[:, 0], cubic(new[:, None], new)
     assert len(got) == 47 ** 2 + 3 and torch.equal(got[-3:], table[-3:, 0])
     assert (got[:-3] - want).abs().max() / want.abs().max() < 1e-4           # q has seven digits here

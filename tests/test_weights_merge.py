@@ -37,9 +37,9 @@ def test_a_decoder_of_its_own_is_never_overwritten(tmp_path):
     assert torch.equal(state["model"]["mlm_head.weight"], text["lm_head.decoder.weight"])
     model = small(**source.fields | {"tied": True})
     with pytest.raises(ValueError, match="decoder is not its word embedding"):
-        layouts.fit(source, model)
+        layouts.adapt_to_model(source, model)
     same = layouts.translate(text | {"lm_head.decoder.weight": text[WORDS]})
-    assert same.fields["tied"] and torch.equal(layouts.fit(same, model)[0]["mlm_head.weight"], text[WORDS])
+    assert same.fields["tied"] and torch.equal(layouts.adapt_to_model(same, model)[0]["mlm_head.weight"], text[WORDS])
 
 
 def test_a_later_model_brings_its_masked_lm_head():

@@ -35,7 +35,7 @@ def shaken(model):
 def imported(path, size, **changes):
     state, report = weights.import_sources([path], (HEADS if size == "tiny" else {}) | {"fusion_layers": 1} | changes)
     model = CCLM(Config(**state["config"]["model"]))
-    weights.load_weights(model, state["model"], path)
+    model.load_state_dict(state["model"])
     return model.eval(), state
 
 
@@ -173,7 +173,7 @@ def test_relative_tables_as_scipy_resizes_them(old, new):
     x, at = np.array([-s for s in reversed(side)] + [0] + side), np.arange(-(target // 2), target // 2 + 0.1, 1.0)
     squares = table[:-3].double().view(source, source, 3).numpy()
     planes = [interpolate.RectBivariateSpline(x, x, squares[..., h])(at, at) for h in range(3)]
-    want, got = np.stack(planes, -1).reshape(-1, 3), layouts.resize_relative(table, new)
+    want, got = np.stack(planes, -1).reshape(-1, 3), layouts.resize_bias_table(table, new)
     error = np.abs(got[:-3].numpy() - want).max() / np.abs(want).max()
     print(f"error {error:.1e}, q {q:.6f}")
     assert error < 1e-6 and torch.equal(got[-3:], table[-3:])
