@@ -122,14 +122,14 @@ def check_fields(config, path):
 def own_source(path, weights, config, tokenizer):
     """The Source of a checkpoint or an export of this program: the names are ours."""
     notes = [Note(name, [name], "") for name in weights]
-    source = Source(str(path), weights, notes, check_fields(config, path), (*PARTS, "mlm_head"), {},
-                    tokenizer=tokenizer)
-    return without_tied_decoder(source)
+    return without_tied_decoder(Source(str(path), weights, notes, config, (*PARTS, "mlm_head"), {},
+                                       tokenizer=tokenizer))
 
 
 def checkpoint_source(path, state):
     """The Source of a checkpoint that was read from `path`."""
-    source = own_source(path, state["model"], state["config"]["model"], state["tokenizer"])
+    config = check_fields(state["config"]["model"], path)
+    source = own_source(path, state["model"], config, state["tokenizer"])
     if "text_fusion" in state:                                   # train.py --no-shared_fusion
         source = source._replace(title=f"{path} (without its second fusion encoder, text_fusion)")
     return source
@@ -150,7 +150,8 @@ def read_source(path, every_second=False):
         vocabulary_size(tokenizer, tokenizer_file)               # ValueError if it is no tokenizer
     config_file = file.parent / "config.json"
     if ours:
-        return own_source(path, tensors, read_config_json(config_file), tokenizer)
+        config = check_fields(read_config_json(config_file), config_file)
+        return own_source(path, tensors, config, tokenizer)
     try:
         source = translate(tensors, every_second)
         settings = fields_from_config_json(source, config_file)
