@@ -121,7 +121,7 @@ def test_image_encoders_of_timm(tmp_path, size, kind):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_clips_image_side(tmp_path, size, whole):
-    """CLIPVisionModel, and CLIPModel's file with its text side left out; the last norm is on all rows (F1.4)."""
+    """CLIPVisionModel, and CLIPModel's file with its text side left out; the last norm is on all rows."""
     transformers = pytest.importorskip("transformers")
     tiny = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=64)
     seen = dict(**(tiny if size == "tiny" else {}), patch_size=16, hidden_act="quick_gelu")
@@ -155,7 +155,7 @@ def test_our_safetensors_open_in_the_safetensors_package(tmp_path):
 
 @pytest.mark.parametrize("old, new", [(14, 24), (14, 30), (7, 12), (7, 9)])
 def test_relative_tables_as_scipy_resizes_them(old, new):
-    """BEiT's recipe (F4.6) with SciPy's RectBivariateSpline, written down again; 14 -> 24 is 224 -> 384 pixels."""
+    """BEiT's recipe with SciPy's RectBivariateSpline, written down again; 14 -> 24 is 224 -> 384 pixels."""
     interpolate = pytest.importorskip("scipy.interpolate")
     table = torch.randn((2 * old - 1) ** 2 + 3, 3)
     source, target = 2 * old - 1, 2 * new - 1
@@ -178,4 +178,4 @@ def test_relative_tables_as_scipy_resizes_them(old, new):
     print(f"error {error:.1e}, q {q:.6f}")
     assert error < 1e-6 and torch.equal(got[-3:], table[-3:])
     if (old, new) == (14, 24):
-        assert abs(q - 1.090307) < 1e-6                                      # the value F4.6 measured
+        assert abs(q - 1.090307) < 1e-6                                      # the value of the official code
