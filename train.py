@@ -347,6 +347,7 @@ class Run:
     batches: data.Batches
     bad_records: BadRecords
     path: pathlib.Path                  # of ckpt.pt
+    new: list                           # parameters that the files behind --init did not hold
     step: int = 0                       # steps done
     skipped: int = 0                    # of these, steps without an update
     signal: str = ""                    # the name of a signal that asks this process to stop
@@ -429,7 +430,7 @@ def save(run):
     if world()[0] > 0:
         return
     model = run.objective.model
-    config = {"model": asdict(model.config), "train": vars(run.args),
+    config = {"model": asdict(model.config), "train": vars(run.args), "new": run.new,
               "records": run.batches.records()}
     state = {"model": model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
              "skipped": run.skipped, "config": config, "tokenizer": run.objective.tokenizer.model}
@@ -529,13 +530,15 @@ def prepare(args, device):
     if state and not args.explain:
         compare(args, state["config"]["train"], path)
     torch.manual_seed(args.seed)
-    model, tokenizer, start = starting_point(path, state, vars(args))
+    model, tokenizer, origin = starting_point(path, state, vars(args))
     say(recipe_lines(args, tokenizer.size))
-    say(f"{path}: {state['step']} of {args.steps} steps are done" if state else f"start: {start}")
+    say(f"{path}: {state['step']} of {args.steps} steps are done" if state else f"start: {origin}")
 
     batches = make_batches(args, model, tokenizer)
     objective = Pretraining(model, tokenizer, args).to(device)
-    groups = parameter_groups(objective, learning_rate(args, ()), args.weight_decay)
+    start = state or (read_checkpoint(args.init, mmap=True) if args.init else {"config": {}})
+    new = start["config"].get("new", [])
+    groups = parameter_groups(objective, learning_rate(args, set(new)), args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -555,7 +558,7 @@ def prepare(args, device):
     say(f"{parameters:,} parameters, {W} process(es), {device}, "
         f"{torch.get_num_threads()} threads, {dtype} because {reason}")
     run = Run(args, device, objective, wrapped, optimizer, autocast, batches, BadRecords(rank),
-              path)
+              path, new)
     if state:
         run.step, run.skipped = state["step"], state["skipped"]
         before = state["config"]["records"]

@@ -68,7 +68,7 @@ def clip(d=64, layers=1, grid=4, prefix="vision_model."):
 
 
 def x2vlm(d, layers, vocabulary=250002):
-    """The names and shapes of a CCLM-X2VLM checkpoint, as F6.3 lists them."""
+    """The names and shapes of a CCLM-X2VLM checkpoint, as the official classes make it."""
     made = {"temp": zeros()} | beit("vision_encoder.", d, layers, d // 64)
     made |= embeddings("text_encoder.embeddings", d, vocabulary)
     for n in range(layers):

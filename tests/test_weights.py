@@ -32,7 +32,7 @@ def official(name):
 def imported(name, dtype):
     state, _ = weights.import_sources([path(name)], HEADS)
     model = CCLM(Config(**state["config"]["model"]))
-    weights.load_weights(model, state["model"], name)
+    model.load_state_dict(state["model"])
     return model.eval().to(dtype)
 
 
@@ -125,7 +125,8 @@ def test_image_text_gives_the_official_numbers(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["x2vlm", "single_stack"])
 def test_parallel_text_gives_the_official_numbers(name, dtype):
-    """The official step matches t2's words with t1, and restores t1's words from t2 (F2.3): two calls of cross_view."""
+    """The official step matches t2's words with t1, and restores t1's words from t2 (official code, CCLM
+    models/model_pretrain_cclm.py:101): two calls of cross_view."""
     model, expected, inputs = imported(name, dtype), official(name)["para_text"], official(name)["inputs"]
     t1, t2 = inputs["t1"], inputs["t2"]
     ids, (near, far) = torch.arange(6), TOLERANCE[dtype]

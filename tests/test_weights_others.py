@@ -35,7 +35,7 @@ def shaken(model):
 def imported(path, size, **changes):
     state, report = weights.import_sources([path], (HEADS if size == "tiny" else {}) | {"fusion_layers": 1} | changes)
     model = CCLM(Config(**state["config"]["model"]))
-    weights.load_weights(model, state["model"], path)
+    model.load_state_dict(state["model"])
     return model.eval(), state
 
 
@@ -121,7 +121,7 @@ def test_image_encoders_of_timm(tmp_path, size, kind):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_clips_image_side(tmp_path, size, whole):
-    """CLIPVisionModel, and CLIPModel's file with its text side left out; the last norm is on all rows (F1.4)."""
+    """CLIPVisionModel, and CLIPModel's file with its text side left out; the last norm is on all rows."""
     transformers = pytest.importorskip("transformers")
     tiny = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=64)
     seen = dict(**(tiny if size == "tiny" else {}), patch_size=16, hidden_act="quick_gelu")
@@ -155,7 +155,7 @@ def test_our_safetensors_open_in_the_safetensors_package(tmp_path):
 
 @pytest.mark.parametrize("old, new", [(14, 24), (14, 30), (7, 12), (7, 9)])
 def test_relative_tables_as_scipy_resizes_them(old, new):
-    """BEiT's recipe (F4.6) with SciPy's RectBivariateSpline, written down again; 14 -> 24 is 224 -> 384 pixels."""
+    """BEiT's recipe with SciPy's RectBivariateSpline, written down again; 14 -> 24 is 224 -> 384 pixels."""
     interpolate = pytest.importorskip("scipy.interpolate")
     table = torch.randn((2 * old - 1) ** 2 + 3, 3)
     source, target = 2 * old - 1, 2 * new - 1
@@ -173,9 +173,9 @@ def test_relative_tables_as_scipy_resizes_them(old, new):
     x, at = np.array([-s for s in reversed(side)] + [0] + side), np.arange(-(target // 2), target // 2 + 0.1, 1.0)
     squares = table[:-3].double().view(source, source, 3).numpy()
     planes = [interpolate.RectBivariateSpline(x, x, squares[..., h])(at, at) for h in range(3)]
-    want, got = np.stack(planes, -1).reshape(-1, 3), layouts.resize_relative(table, new)
+    want, got = np.stack(planes, -1).reshape(-1, 3), layouts.resize_bias_table(table, new)
     error = np.abs(got[:-3].numpy() - want).max() / np.abs(want).max()
     print(f"error {error:.1e}, q {q:.6f}")
     assert error < 1e-6 and torch.equal(got[-3:], table[-3:])
     if (old, new) == (14, 24):
-        assert abs(q - 1.090307) < 1e-6                                      # the value F4.6 measured
+        assert abs(q - 1.090307) < 1e-6                                      # the value of the official code

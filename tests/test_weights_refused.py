@@ -1,148 +1,200 @@
-"""Sources that cannot become a model, and commands that cannot be meant: one line with the file's name, status 2, and
-nothing written."""
+"""What weights.py, and train.py and evaluate.py with a checkpoint, refuse: one line that says which file and why, status
+2, and nothing is written. One table: name of the case, files, command, words of the line."""
 import json
 import os
+import pathlib
+import shlex
 from dataclasses import asdict
 
 import pytest
 import torch
 
+import evaluate
 import train
 import weights
+from formats.checkpoints import write_safetensors
 from model import CCLM, build
-from published import beit, clip, random, xlmr
+from published import beit, clip, random, single_stack, xlmr
 
-HERE = "--batch 4 --text_batch 4 --workers 0 --no-eval --steps 1 --out run".split()
+PROGRAMS = {"weights": weights.main, "train": train.main, "evaluate": evaluate.main}
+TRAIN = "train --batch 4 --text_batch 4 --workers 0 --no-eval --steps 1 --out run "
+IMPORT = "weights import a.pth --out new.pt"
+XLMR, BEIT, CLIP = xlmr(64, 1), random(beit("", 64, 1, 1)), clip(64)
 SWIN = {"layers.0.blocks.0.attn.qkv.bias": torch.zeros(9), "norm.bias": torch.zeros(8)}
-XLMR, BEIT = xlmr(64, 1), random(beit("", 64, 1, 1))
 TABLE, PATCHES = "blocks.0.attn.relative_position_bias_table", "patch_embed.proj.weight"
-POSITIONS = "roberta.embeddings.position_embeddings.weight"
+WORDS, POSITIONS = (f"roberta.embeddings.{name}_embeddings.weight" for name in ("word", "position"))
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch harm",)
+
+
+class Old(dict):
+    """A dict that is written in torch's old format."""
+
+
+def write(name, content, tokenizer):
+    """bytes as they are; a function of the tokenizer is called; anything else by torch.save."""
+    path = pathlib.Path(name)
+    path.parent.mkdir(exist_ok=True)
+    content = content(tokenizer) if callable(content) else content
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content, new = (dict(content), False) if isinstance(content, Old) else (content, True)
+        torch.save(content, path, _use_new_zipfile_serialization=new)
+
+
+def cut(share, content=XLMR):
+    """The first bytes of a file of weights."""
+    def made(_):
+        if content == "safetensors":
+            write_safetensors("whole", XLMR)
+        else:
+            write("whole", content, None)
+        whole = pathlib.Path("whole").read_bytes()
+        os.remove("whole")
+        return whole[:int(share * len(whole))]
+    return made
+
+
+def header(content):
+    """A safetensors file with this header and nothing behind it."""
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return len(content).to_bytes(8, "little") + content
+
+
+def own(config=None, tokens=True, model={}, more={}):
+    """A checkpoint of the demo's model, changed. config: its fields; tokens: with its tokenizer or not."""
+    def made(tokenizer):
+        cclm = CCLM(build("demo", width=32, vision_heads=1, vocabulary=tokenizer.size, **model))
+        settings = {} if config == {} else asdict(cclm.config) | (config or {})
+        return {"model": cclm.state_dict(), "step": 1, "tokenizer": tokenizer.model if tokens else None,
+                "config": {"model": settings, "train": {}}} | more
+    return made
+
+
+def exported(text=None, **change):
+    """The config.json of an export: changed, or other text."""
+    def made(tokenizer):
+        write("whole.pt", own({})(tokenizer) | {"config": {"model": asdict(build(
+            "demo", width=32, vision_heads=1, vocabulary=tokenizer.size)), "train": {}}}, None)
+        weights.export("whole.pt", "a")
+        os.remove("whole.pt")
+        settings = json.loads(pathlib.Path("a/config.json").read_text()) | change
+        return (json.dumps(settings) if text is None else text).encode()
+    return made
+
+
+CASES = [
+    # files that are not weights
+    ("code", {"a.pth": {"model": Malice()}}, IMPORT, ["a.pth is refused", "system"]),
+    ("code in the old format", {"a.pth": Old(model=Malice())}, IMPORT, ["a.pth is refused", "system"]),
+    *((f"{form} cut at {share}", {name: cut(share, content)}, f"weights import {name} --out new.pt",
+       [f"{name} is truncated"])
+      for form, name, content in (("new", "a.bin", XLMR), ("old", "a.th", Old(XLMR)),
+                                  ("safetensors", "a.safetensors", "safetensors"))
+      for share in (0.0, 0.0001, 0.02, 0.5, 0.999)),
+    ("text", {"a.pth": b"hello\nworld"}, IMPORT, ["a.pth is truncated or not a checkpoint or file of weights\n"]),
+    ("a list", {"a.pth": [1, 2]}, IMPORT, ["a.pth holds no state dict"]),
+    ("numbers", {"a.pth": {"model": {"a": 1}}}, IMPORT, ["a.pth holds no state dict"]),
+    ("another model", {"a.pth": {"conv.weight": torch.zeros(2)}}, IMPORT, ["a.pth", "conv.weight are none of CCLM"]),
+    *((f"header {content}", {"a.safetensors": header(content)}, "weights import a.safetensors --out new.pt",
+       ["a.safetensors is truncated or not a safetensors file"])
+      for content in (b"[]", b"{\"a\": 3}", b"\xff",
+                      *({"a": {"dtype": "F32", "shape": [9], "data_offsets": place}}
+                        for place in ([0, 36], [0, 0], [-44, -8])))),
+    ("no file", {}, IMPORT, ["a.pth: no such"]),
+    ("a folder without weights", {"a/b.txt": b""}, "weights import a --out new.pt", ["a should", "pytorch_model.bin"]),
+    ("a folder with two", {"a/b.th": BEIT, "a/c.pth": BEIT}, "weights import a --out new.pt", ["b.th, c.pth: name one"]),
+    ("no tokenizer beside", {"a.pth": XLMR, "sentencepiece.bpe.model": b"no model"}, IMPORT,
+     ["sentencepiece.bpe.model: this is not"]),
+    ("another tokenizer", {"a.pth": XLMR, "sentencepiece.bpe.model": lambda tokenizer: tokenizer.model}, IMPORT,
+     ["XLM-R: the tokenizer beside it has", "its table 100 rows"]),
+    # tensors that are no model
+    ("Swin alone", {"a.pth": SWIN}, IMPORT, ["Swin: no encoder"]),
+    ("one tensor", {"a.pth": {"class_embedding": torch.zeros(64)}}, IMPORT, ["CLIP: no encoder"]),
+    ("no words", {"a.pth": {n: t for n, t in XLMR.items() if n != WORDS}}, IMPORT, ["a.pth: XLM-R, but without", "text.tok"]),
+    ("vocabulary 0", {"a.pth": XLMR | {WORDS: torch.zeros(0, 64)}}, IMPORT, ["vocabulary is 0"]),
+    ("patches of 0 pixels", {"a.pth": BEIT | {PATCHES: torch.zeros(64, 3, 0, 0)}}, IMPORT, ["BEiT-2", "is 0, but must be at least 1"]),
+    ("no heads", {"a.pth": BEIT | {TABLE: torch.zeros(732, 0)}}, IMPORT, ["vision_heads is 0"]),
+    ("a table of no grid", {"a.pth": BEIT | {TABLE: torch.zeros(5, 1)}}, IMPORT, ["relative table of shape (5, 1)"]),
+    ("a table of no shape", {"a.pth": BEIT | {TABLE: torch.zeros(())}}, IMPORT, ["a.pth", "names that are known here"]),
+    ("positions of no grid", {"a.pth": CLIP | {"vision_model.embeddings.position_embedding.weight": torch.zeros(7, 64)}},
+     IMPORT, ["a table of 7 rows"]),
+    *((f"a gap in {name}", {"a.pth": tensors | {name: torch.zeros(size)}}, IMPORT, ["tensors are unknown", name])
+      for name, tensors, size in (("blocks.99999999.norm1.bias", BEIT, 64),
+                                  ("vision_model.encoder.layers.2.mlp.fc1.bias", CLIP, 256))),
+    ("two decoders", {"a.pth": single_stack(SWIN, 50, kinds=1) | {
+        "text_encoder.cls.predictions.decoder.bias": torch.ones(50)}}, IMPORT, ["with different numbers"]),
+    ("two widths", {"a.pth": BEIT, "b.pth": xlmr(128, 1)}, "weights import a.pth b.pth --out new.pt",
+     ["BEiT-2 has width 64, XLM-R 128: one fusion encoder reads both"]),
+    # settings beside the weights
+    ("CLIP with another activation", {"a.pth": CLIP, "config.json": b'{"model_type": "clip", "hidden_act": "gelu"}'},
+     IMPORT, ["config.json: hidden_act is 'gelu'"]),
+    ("settings of no type", {"a.pth": XLMR, "config.json": b'{"num_attention_heads": "four"}'}, IMPORT,
+     ["config.json", "'four'"]),
+    ("settings of no JSON", {"a.pth": XLMR, "config.json": b"{"}, IMPORT, ["config.json is not readable"]),
+    # commands
+    ("no --out", {"a.pth": XLMR}, "weights import a.pth", ["--out"]),
+    ("no command", {}, "weights", ["command"]),
+    ("a flag of another command", {}, "weights export a.pt b --image_size 384", ["unrecognized", "--image_size"]),
+    *((f"--every_second of {n} layers", {"a.pth": xlmr(64, n)}, IMPORT + " --every_second", ["multiple of 4", f"are {n}"])
+      for n in (1, 2, 6)),
+    ("--every_second of another", {"a.pth": BEIT}, IMPORT + " --every_second", ["layers of XLM-R, and BEiT-2 is not"]),
+    ("heads that do not fit", {"a.pth": XLMR}, IMPORT + " --text_heads 5", ["64 is not a multiple of 5 heads", "--text_heads"]),
+    ("no heads at all", {"a.pth": XLMR}, IMPORT + " --text_heads 0", ["text_heads is 0", "at least 1"]),
+    ("an image too large", {"a.pth": XLMR}, IMPORT + " --image_size 160000000", ["image_size", "at most 4096"]),
+    ("an image too small", {"a.pth": BEIT}, IMPORT + " --image_size 128", ["choose an image size"]),
+    ("--out is a folder", {"a.pth": XLMR, "b/c": b""}, "weights import a.pth --out b", ["--out b is not a file"]),
+    ("--out is nothing", {"a.pth": XLMR}, "weights import a.pth --out ''", ["is not a file"]),
+    ("--out in a file", {"a.pth": XLMR}, "weights import a.pth --out a.pth/b.pt", ["a.pth"]),
+    # our own files
+    *((f"a checkpoint with {name} {value} to {command.split()[0]}", {"a.pt": own({name: value})}, command,
+       ["a.pt", f"{name!r} is {value!r}"])
+      for name, value in (("depth", 3), ("width", "wide"), ("width", True), ("tied", 2))
+      for command in ("weights import a.pt --out new.pt", "weights export a.pt b", TRAIN + "--init a.pt",
+                      "evaluate retrieval --ckpt a.pt")),
+    *((f"a checkpoint with {what}", {"a.pt": own(more=more)}, TRAIN + "--init a.pt", ["a.pt is not a checkpoint of"])
+      for what, more in (("a text as tokenizer", {"tokenizer": "abc"}), ("no step", {"step": None}),
+                         ("no tensors", {"model": {"a": 1}}), ("no settings", {"config": {}}))),
+    *((f"no settings to {command.split()[0]}", {"a.pt": own({})}, command, ["a.pt", "no width"])
+      for command in ("weights import a.pt --out new.pt", TRAIN + "--init a.pt")),
+    *((f"an export with {text}", {"a/config.json": exported(text)}, "weights import a --out new.pt", ["a", said])
+      for text, said in (("{}", "no width"), ("{", "not readable"), ("[1]", "not readable"))),
+    *((f"an export with {change}", {"a/config.json": exported(**change)}, "weights import a --out new.pt", ["config.json"])
+      for change in ({"patch_size": 0}, {"vision_heads": 0}, {"width": -128}, {"width": True}, {"image_size": 2 ** 24})),
+    ("an export with another number of layers", {"a/config.json": exported(text_layers=3)}, "weights import a --out new.pt",
+     ["are missing, among them text.layers.1."]),
+    ("a second fusion encoder", {"a.pt": own(more={"text_fusion": {"a": torch.zeros(1)}})}, "weights export a.pt b",
+     ["a.pt has a second fusion encoder"]),
+    # where a run begins
+    ("a published file", {"a.pth": {"model": XLMR, "config": {}}}, TRAIN + "--init a.pth",
+     ["a.pth is not a checkpoint", "python weights.py import a.pth --out CKPT"]),
+    ("a folder", {"a/pytorch_model.bin": XLMR}, TRAIN + "--init a", ["python weights.py import a --out CKPT"]),
+    ("an export", {"a/config.json": exported()}, TRAIN + "--init a/model.safetensors",
+     ["python weights.py import a/model.safetensors --out CKPT"]),
+    ("no checkpoint", {}, TRAIN + "--init a.pt", ["a.pt: no such"]),
+    ("another width", {"a.pt": own()}, TRAIN + "--init a.pt --width 128", ["does not fit"]),
+    ("tied decoder", {"a.pt": own(model={"tied": False})}, TRAIN + "--init a.pt --tied", ["a.pt", "leave --tied out"]),
+    ("an image too large to learn", {}, TRAIN + "--image_size 160000000", ["image_size", "4096"]),
+    ("no tokenizer to evaluate", {"a.pt": own(tokens=False)}, "evaluate retrieval --ckpt a.pt", ["no tokenizer"]),
+]
+
+
+@pytest.mark.parametrize("files, command, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_it_is_one_line_and_nothing_is_written(files, command, words, tmp_path, monkeypatch, capsys, tokenizer):
     monkeypatch.chdir(tmp_path)
-
-
-def refused(capsys, words, *said, main=weights.main):
-    assert main(list(map(str, words))) == 2
+    for name, content in files.items():
+        write(name, content, tokenizer)
+    before = sorted(os.listdir())
+    program, *arguments = shlex.split(command)
+    capsys.readouterr()
+    try:
+        status = PROGRAMS[program](arguments)
+    except SystemExit as error:                                              # argparse's own
+        status = error.code
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and all(word in line for word in said), line
-
-
-@pytest.mark.parametrize("tensors, said", [
-    (SWIN, "no encoder"), ({"class_embedding": torch.zeros(64)}, "no encoder"),
-    (BEIT | {PATCHES: torch.zeros(64, 3, 0, 0)}, "patch_size is 0"),
-    (BEIT | {TABLE: torch.zeros(732, 0)}, "vision_heads is 0"),
-    (BEIT | {TABLE: torch.zeros(5, 1)}, "relative table of shape (5, 1)"),
-    (BEIT | {TABLE: torch.zeros(())}, "a.pth: its tensors have names that are known here"),
-    (BEIT | {"blocks.0.attn.relative_position_index": torch.zeros(0)}, "a table of 0 rows"),
-    (BEIT | {PATCHES: torch.zeros(64, 3, 16, 16).to_sparse()}, PATCHES + " is not a tensor of plain numbers"),
-    (clip(64) | {"vision_model.embeddings.position_embedding.weight": torch.zeros(7, 64)}, "a table of 7 rows"),
-    (XLMR | {"roberta.embeddings.word_embeddings.weight": torch.zeros(0, 64)}, "vocabulary is 0"),
-    (XLMR | {POSITIONS: torch.zeros(20, 64)}, "room for 18 tokens"),
-    (BEIT | {"blocks.99999999.norm1.bias": torch.zeros(64)}, "there is a layer 99999999, but no layer 1"),
-    ({"rel_pos_bias.relative_position_bias_table": torch.zeros(732, 1)} | BEIT |
-     {"blocks.99999999.norm1.bias": torch.zeros(64)}, "but no layer 1"),
-    (clip(64) | {"vision_model.encoder.layers.2.mlp.fc1.bias": torch.zeros(256)}, "but no layer 1")])
-def test_sources_of_impossible_shapes_are_refused(capsys, tensors, said):
-    torch.save(tensors, "a.pth")
-    refused(capsys, ["import", "a.pth", "--out", "b.pt"], said)
-    assert os.listdir() == ["a.pth"]
-
-
-def test_a_vision_encoder_named_before_or_after_swin_is_enough(capsys):
-    torch.save(SWIN, "swin.pth")
-    torch.save(BEIT, "beit.pth")
-    for pair in (["swin.pth", "beit.pth"], ["beit.pth", "swin.pth"]):
-        assert weights.main(["import", *pair, "--out", "a.pt"]) == 0
-
-
-def test_flags_of_an_import_that_cannot_be_are_refused(capsys):
-    torch.save(XLMR, "a.bin")
-    for layers in (1, 2, 6):
-        torch.save(xlmr(64, layers), "b.bin")
-        refused(capsys, ["import", "b.bin", "--every_second", "--out", "b.pt"], "b.bin", "multiple of 4", str(layers))
-    refused(capsys, ["import", "a.bin", "--out", "b.pt", "--image_size", "160000000"], "image_size", "at most 4096")
-    refused(capsys, ["import", "a.bin", "--out", "b.pt", "--text_heads", "5"], "5 heads", "another --text_heads")
-    refused(capsys, [*HERE, "--image_size", "160000000"], "image_size", "4096", main=train.main)
-    refused(capsys, [*HERE, "--positions", "20"], "--positions", "room for 18 tokens", main=train.main)
-    for words in (["export", "a.pt", "folder", "--image_size", "384"], ["a.pt", "--out", "b.pt"]):
-        refused(capsys, words, words[-2], "only for weights.py import")
-    os.mkdir("folder")
-    for out, said in (("folder", "folder is not a file"), ("", "is not a file"), ("a.bin/b.pt", "a.bin is no folder")):
-        refused(capsys, ["import", "a.bin", "--out", out], "--out", said)
-    assert sorted(os.listdir()) == ["a.bin", "b.bin", "folder", "run"]
-
-
-def test_a_write_that_fails_leaves_nothing_beside_its_place(tmp_path):
-    with pytest.raises(AttributeError):
-        weights.write_checkpoint(tmp_path / "a.pt", {"model": lambda: None})
-    (tmp_path / "b.tmp").write_text("someone's")
-    weights.write_checkpoint(tmp_path / "b.pt", {"model": {}})
-    assert sorted(os.listdir()) == ["b.pt", "b.tmp"]
-
-
-def test_a_folder_means_its_only_file_of_weights(capsys):
-    os.mkdir("one")
-    torch.save(BEIT, "one/beitv2_base.pth")
-    assert weights.main(["import", "one", "--out", "a.pt"]) == 0
-    torch.save(BEIT, "one/another.th")
-    refused(capsys, ["import", "one", "--out", "b.pt"], "one holds another.th, beitv2_base.pth: name one")
-    refused(capsys, ["one"], "one is a folder", "weights.py import one")
-    open("text.pth", "w").write("hello\nworld")
-    said = "text.pth is truncated or not a checkpoint or file of weights\n"
-    refused(capsys, ["import", "text.pth", "--out", "b.pt"], said)
-    open("one/sentencepiece.bpe.model", "w").write("no model")
-    refused(capsys, ["import", "one/another.th", "--out", "b.pt"], "sentencepiece.bpe.model: this is not")
-
-
-def checkpoint(tokenizer, config=None, **more):
-    model = CCLM(build("demo", width=32, vision_heads=1, vocabulary=tokenizer.size))
-    torch.save({"model": model.state_dict(), "step": 1, "tokenizer": tokenizer.model, "config": {
-        "model": asdict(model.config) if config is None else config, "train": {}}} | more, "own.pt")
-    return model
-
-
-def test_our_own_files_with_impossible_settings_are_refused(capsys, tokenizer):
-    model = checkpoint(tokenizer)
-    assert weights.main(["export", "own.pt", "folder"]) == 0
-    good = asdict(model.config)
-    assert "\n- width: 32\n" in open("folder/README.md").read()
-    for text, said in (("{}", "no width"), ("{", "not readable"), ("[1]", "not readable"),
-                       *((json.dumps(good | change), "config.json") for change in (
-                           {"patch_size": 0}, {"vision_heads": 0}, {"width": -128}, {"width": True},
-                           {"image_size": 2 ** 24}, {"vision_layers": 10 ** 8}))):
-        open("folder/config.json", "w").write(text)
-        refused(capsys, ["import", "folder", "--out", "b.pt"], "folder", said)
-    checkpoint(tokenizer, {})
-    words = ["import", "own.pt", "--out", "b.pt"]
-    refused(capsys, words, "own.pt", "no width")
-    refused(capsys, [*HERE, "--init", "own.pt"], "own.pt", "no width", main=train.main)
-    torch.save(torch.load("own.pt") | {"tokenizer": "abc"}, "own.pt")
-    refused(capsys, words, "own.pt")
-
-
-def test_a_second_fusion_encoder_is_not_dropped_silently(capsys, tokenizer):
-    model = checkpoint(tokenizer, text_fusion={"a": torch.zeros(1)})
-    refused(capsys, ["export", "own.pt", "folder"], "own.pt", "--no-shared_fusion")
-    assert model and not os.path.exists("folder")
-    assert train.main([*HERE, "--init", "own.pt"]) == 0
-    assert "own.pt (without its text fusion encoder: --no-shared_fusion)" in capsys.readouterr().out
-
-
-def test_train_refuses_the_wrong_kind_of_encoder(capsys, tokenizer):
-    """--init_vision with a text encoder, --init_text with a vision encoder, --init_text with short positions, --tied on
-    a checkpoint with a decoder of its own."""
-    os.mkdir("xlmr")
-    open("xlmr/sentencepiece.bpe.model", "wb").write(tokenizer.model)
-    torch.save(BEIT, "beit.pth")
-    for rows in (130, 20):
-        text = xlmr(64, 1, tokenizer.size) | {POSITIONS: torch.zeros(rows, 64)}
-        torch.save(text, "xlmr/pytorch_model.bin")
-        refused(capsys, [*HERE, "--init_vision", "xlmr"], "--init_vision xlmr", "no vision encoder", main=train.main)
-    refused(capsys, [*HERE, "--init_text", "beit.pth"], "--init_text beit.pth", "no text encoder", main=train.main)
-    refused(capsys, [*HERE, "--init_text", "xlmr"], "XLM-R", "room for 18 tokens", main=train.main)
-    untied = CCLM(build("demo", width=32, vision_heads=1, vocabulary=tokenizer.size, tied=False))
-    checkpoint(tokenizer, asdict(untied.config), model=untied.state_dict())
-    refused(capsys, [*HERE, "--init", "own.pt", "--tied"], "own.pt", "leave --tied out", main=train.main)
+    assert status == 2 and line.count("\n") == 1 and all(word in line for word in words), line
+    assert sorted(set(os.listdir()) - {"run"}) == before
