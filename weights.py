@@ -129,10 +129,7 @@ def own_source(path, weights, config, tokenizer):
 def checkpoint_source(path, state):
     """The Source of a checkpoint that was read from `path`."""
     config = check_fields(state["config"]["model"], path)
-    source = own_source(path, state["model"], config, state["tokenizer"])
-    if "text_fusion" in state:                                   # train.py --no-shared_fusion
-        source = source._replace(title=f"{path} (without its second fusion encoder, text_fusion)")
-    return source
+    return own_source(path, state["model"], config, state["tokenizer"])
 
 
 def read_source(path, every_second=False):

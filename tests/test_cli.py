@@ -1,4 +1,5 @@
 """A user's mistake gives one line that says what, where and what to do, and exit status 2; never a traceback."""
+import dataclasses
 import json
 import os
 import pathlib
@@ -75,7 +76,7 @@ def test_a_malicious_pickle_is_not_run(tmp_path, capsys):
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, capsys, tokenizer):
     model = CCLM(build("demo", width=32, vocabulary=tokenizer.size))
     weights.write_checkpoint(tmp_path / "a.pt", {"model": model.state_dict(), "step": 1, "tokenizer": tokenizer.model,
-                                                 "config": {"model": {"width": 32}, "train": {}}})
+                                                 "config": {"model": dataclasses.asdict(model.config), "train": {}}})
     flags = ["--out", str(tmp_path), "--init", str(tmp_path / "a.pt"), "--width", "64"]
     refused(capsys, lambda: train.main(flags), "a.pt", "does not fit", "(32,", "(64,")
 
