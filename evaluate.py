@@ -32,7 +32,7 @@ from demo import emoji
 from formats.images import normalise, eval_transform
 from formats.sources import evaluation_rows
 from kernels.packed import offsets, gather_sequences
-from losses import contrastive_loss, cross_view, fuse_pairs
+from losses import MaskedText, cross_view, fuse_pairs, hard_negatives
 from model import View
 from weights import load_model
 
@@ -271,10 +271,11 @@ def explain(model, tokenizer, image):
     rank = 1 + int((logits[0] > logits[0, 0]).sum())
     print(f"contrast        cosine / temperature {model.temperature.item():.3f} against all {len(logits)} captions: "
           f"the true one comes {rank}. of {len(logits)}, its probability is {logits[0].softmax(0)[0]:.4f}")
-    _, wrong = contrastive_loss(a, b, model.temperature, seed=0)
+    wrong = hard_negatives(a, b, model.temperature, seed=0)
+    masked_text = MaskedText(blind.states, m, masked.labels)
     j = int(wrong[1][0])
     print(f"hard negative   drawn for image 0: caption {j}, {' '.join(words(s.token_ids[s.starts[j]:s.starts[j + 1]]))}")
-    pairs, blanks = fuse_pairs(model, a, b, blind.states, m, wrong)
+    pairs, blanks = fuse_pairs(model, a, b, masked_text, wrong)
     sure = model.itm_head(pairs).softmax(-1)[:, 1].view(3, -1)
     print(f"fusion          {4 * len(logits)} query sequences over {len(logits)} images; "
           f"read: {len(pairs)} first words and {len(blanks)} hidden ones\n"
@@ -286,7 +287,7 @@ def explain(model, tokenizer, image):
         print(f"mask            row {row} was {words(s.token_ids[row:row + 1])[0]} "
               f"(probability {guess[s.token_ids[row]]:.4f}); best guesses "
               + ", ".join(f"{w} {p:.3f}" for w, p in zip(words(best.indices), best.values.tolist())))
-    got = cross_view(model, a, b, blind.states, m, masked.labels, seed=0)
+    got = cross_view(model, a, b, masked_text, seed=0)
     print("losses          " + ", ".join(f"{name} {got[name].item():.3f}" for name in ("contrast", "match", "mask")))
 
 
