@@ -60,7 +60,7 @@ from formats.checkpoints import read_checkpoint, write_checkpoint
 from formats.images import normalise
 from formats.sources import BadRecords
 from kernels.packed import offsets
-from losses import all_reduce, cross_view, world
+from losses import MaskedText, Options, all_reduce, cross_view, world
 from model import PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, parameter_groups
 from weights import starting_point
 
@@ -253,10 +253,10 @@ class Pretraining(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.condition = args.condition
         self.weights = {name: getattr(args, f"{name}_weight") for name in LOSSES}
         if not args.match:
             self.weights["match"] = 0.0
+        self.options = Options(self.weights, condition=args.condition)
         self.chance = {}
         for stream, batch in (("image", args.batch), ("text", args.text_batch)):
             self.chance[f"{stream}_contrast"] = math.log(batch)
@@ -303,10 +303,8 @@ class Pretraining(nn.Module):
 
     def losses(self, model, a, b, masked_b, batch, seed):
         """cross_view of one stream, whatever its a is."""
-        masked = batch["masked"]
-        b = b._replace(ids=batch["ids"])
-        return cross_view(model, a, b, masked_b.states, masked.positions, masked.labels, seed,
-                          weights=self.weights, condition=self.condition)
+        masked = MaskedText(masked_b.states, batch["masked"].positions, batch["masked"].labels)
+        return cross_view(model, a, b, masked, seed, options=self.options)
 
     def validate(self):
         """Recall of the cosine, means by group of languages -> {"val_seen_t2i_r1": %, ...}."""

@@ -40,9 +40,8 @@ def worker(out, dtype, spm):
             B = len(batch["ids"])
             given = given_wrong(B * W)[rank * B:(rank + 1) * B]
             given = torch.where(given < 0, given, given - rank * B)
-            masked = batch["masked"]
-            return losses.cross_view(model, a, b._replace(ids=batch["ids"]), masked_b.states, masked.positions,
-                                     masked.labels, seed, negatives=(given, given))
+            masked = losses.MaskedText(masked_b.states, batch["masked"].positions, batch["masked"].labels)
+            return losses.cross_view(model, a, b, masked, seed, (given, given), self.options)
 
     objective = GivenNegatives(model, tokenizer, args)
     streams = data.Stream(data.DemoImages(), 8), data.Stream(data.DemoParallel(), 16)
