@@ -504,7 +504,7 @@ def finish(args, device, run, step):
             f"python evaluate.py retrieval --ckpt {run.path} --data FILE")
     elif step == args.steps and args.eval and world()[0] == 0:
         say("evaluating on the test sets ...")
-        report = evaluate.demo_report(run.objective.model, run.tokenizer, device, progress=sys.stderr.isatty())
+        report = evaluate.demo_report(run.objective.model, run.tokenizer, progress=sys.stderr.isatty())
         pathlib.Path(args.out, "results.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         evaluate.print_table(report)
         say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: "
