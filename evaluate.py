@@ -184,11 +184,6 @@ def new_names(rows, language, trained):
     return new
 
 
-def fuse(model, texts, views, query_text, query_view, positions):
-    return model.fuse(texts.states, texts.starts, views.states, views.starts, query_view, positions,
-                      query_text)
-
-
 def match_logits(model, texts, images, pairs):
     """pairs (R, 2) of (text, image) in two Views -> (R, 2): the match head's "no" and "yes"."""
     # Equal pairs are read once. So their scores agree to the last bit, and they tie.
@@ -204,7 +199,7 @@ def match_logits(model, texts, images, pairs):
         # The head reads the first token of each query sequence.
         first = offsets(few_texts.starts.diff()[query_text])[:-1].long()     # (PAIRS,)
         with inference_context(pairs.device):
-            states = fuse(model, few_texts, few_images, query_text, query_view, first)
+            states = model.fuse(few_texts, few_images, query_text, query_view, first)
             logits[batch] = model.itm_head(states).float()                   # (PAIRS, D) -> (.., 2)
     return logits[inverse]                                                   # (R, 2)
 

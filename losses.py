@@ -134,7 +134,8 @@ def fuse_pairs(model, a, b, masked, positions, negatives, condition=True):
     asked = offsets(starts.diff()[text]).long()                              # (4B + 1,) starts of the query sequences
     pairs = 3 * len(items)
     wanted = torch.cat([asked[:pairs], positions + asked[pairs]])                 # first tokens, then masked tokens: sorted
-    fused = model.fuse(torch.cat([b.states, masked]), starts, a.states, a.starts, view, wanted, text)      # (3B + M, D)
+    texts = View(torch.cat([b.states, masked]), starts, None, None)
+    fused = model.fuse(texts, a, text, view, wanted)                         # (3B + M, D)
     return fused[:pairs], fused[pairs:]
 
 

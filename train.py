@@ -50,7 +50,7 @@ from formats.images import normalise
 from formats.sources import BadRecords
 from kernels.packed import offsets
 from losses import all_reduce, cross_view, world
-from model import PRESETS, Config, Fusion, View, parameter_groups
+from model import PRESETS, Config, View, parameter_groups
 from weights import starting_point
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -101,7 +101,6 @@ def settings(argv=None):
     what.add_argument("--parallel_text", action=on_off, default=True, help="train on the second stream")
     what.add_argument("--match", action=on_off, default=True, help="the match loss")
     what.add_argument("--condition", action=on_off, default=True, help="masked words look at the other view")
-    what.add_argument("--shared_fusion", action=on_off, default=True, help="one fusion encoder for both streams")
     for name in ("contrast", "match", "mask"):
         what.add_argument(f"--{name}_weight", type=float, default=1.0, help="weight of the loss")
     how = parser.add_argument_group("optimizer")
@@ -135,6 +134,8 @@ def check(args):
     for name in ("batch", "text_batch"):
         if getattr(args, name) % world()[1]:
             raise ValueError(f"--{name} {getattr(args, name)} is not a multiple of {world()[1]} processes")
+    if args.shared_fusion is False and not args.parallel_text:
+        raise ValueError("--no-shared_fusion needs parallel text: the second fusion encoder reads nothing else")
     if args.texts and not args.images:
         raise ValueError("--texts needs --images too: FILES, or demo for the built-in ones")
 
@@ -187,10 +188,6 @@ class Objective(nn.Module):
         self.model, self.args = model, args
         self.weights = {"contrast": args.contrast_weight, "match": args.match_weight if args.match else 0.0,
                         "mask": args.mask_weight}
-        self.text_fusion = None
-        if not args.shared_fusion and args.parallel_text:                    # ablation: a second Fusion for text-text
-            self.text_fusion = Fusion(model.config)
-            self.text_fusion.load_state_dict(model.fusion.state_dict())      # the same start for both
 
     def forward(self, image, pair, seed):
         """One step's batches (data.Batches) -> {"image": losses, "text": losses, "loss": their sum}."""
@@ -205,7 +202,7 @@ class Objective(nn.Module):
                                       image["masked"].positions, image["masked"].labels, seed, **options)}
         if pair:
             a, b, hidden = texts
-            losses["text"] = cross_view(self.text_model(), a._replace(ids=pair["ids"]), b._replace(ids=pair["ids"]),
+            losses["text"] = cross_view(model.for_parallel_text(), a._replace(ids=pair["ids"]), b._replace(ids=pair["ids"]),
                                         hidden.states, pair["masked"].positions, pair["masked"].labels, seed + 1, **options)
         return losses | {"loss": sum(stream["loss"] for stream in losses.values())}
 
@@ -217,13 +214,6 @@ class Objective(nn.Module):
         states = view.states.split([len(s.token_ids) for s in batches])
         vectors = view.vectors.split([len(s.starts) - 1 for s in batches])
         return [View(x, s.starts, v, None) for x, s, v in zip(states, batches, vectors)]
-
-    def text_model(self):
-        if self.text_fusion is None:
-            return self.model
-        m = self.model
-        return SimpleNamespace(fuse=functools.partial(m.fuse, fusion=self.text_fusion), itm_head=m.itm_head,
-                               mlm_head=m.mlm_head, temperature=m.temperature)
 
 
 def lr_at(step, args):
@@ -262,11 +252,10 @@ def save(run, step, args):
         rng = [None] * W
         dist.all_gather_object(rng, torch.get_rng_state())
     if rank == 0:
-        extra = {} if run.objective.text_fusion is None else {"text_fusion": run.objective.text_fusion.state_dict()}
         config = {"model": asdict(run.objective.model.config), "train": vars(args), "records": run.records}
         write_checkpoint(run.path, {
             "model": run.objective.model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": step,
-            "rng": rng, "config": config, "tokenizer": run.tokenizer.model} | extra, args.keep)
+            "rng": rng, "config": config, "tokenizer": run.tokenizer.model}, args.keep)
 
 
 def compare(args, saved, path):
@@ -382,8 +371,6 @@ def prepare(args, device):
     torch.manual_seed(args.seed * 1_000_003 + rank)                          # dropout differs between processes
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        if objective.text_fusion is not None:
-            objective.text_fusion.load_state_dict(state["text_fusion"])
         if len(state["rng"]) == W:
             torch.set_rng_state(state["rng"][rank])
     model.chunk = args.chunk

@@ -120,8 +120,7 @@ def read_source(path, every_second=False):
     if "temperature" in tensors and inner:                                   # our own names
         state = read_checkpoint(file, mmap=True)
         source = own_source(path, tensors, state["config"]["model"], state["tokenizer"])
-        lacks = " (without its text fusion encoder: --no-shared_fusion)" * ("text_fusion" in state)
-        return source._replace(title=source.title + lacks)
+        return source
     words_of(tokenizer, spm)
     if "temperature" in tensors:
         return own_source(path, tensors, known_fields(read_settings(settings), settings), tokenizer)
@@ -177,8 +176,10 @@ def check_positions(config, title):
 
 def initialise(model, source):
     """Loads a source into a model that was just made -> a line about what came and what is new."""
-    weights, missing = fit(source, model)
+    weights, missing = fit(source, model, ["text_fusion.*"])
     model.load_state_dict(weights, strict=False)
+    if model.text_fusion is not None and "text_fusion" not in map(part, weights):
+        model.text_fusion.load_state_dict(model.fusion.state_dict())         # the same start for both
     new = sorted({part(name) for name in missing})
     return f"{len(weights)} tensors from {source.title}; new: {', '.join(new) or 'nothing'}"
 
@@ -264,7 +265,7 @@ def export(path, folder):
     """A checkpoint -> folder/{model.safetensors, config.json, sentencepiece.bpe.model, README.md, text_encoder/}."""
     state, folder = read_checkpoint(path, mmap=True), pathlib.Path(folder)
     config = Config(**known_fields(state["config"]["model"], path))
-    if "text_fusion" in state:
+    if not config.shared_fusion:
         raise ValueError(f"{path} was trained with --no-shared_fusion: an export has no place for its second fusion "
                          f"encoder")
     own = {name: t for name, t in state["model"].items() if name != "mlm_head.weight" or not config.tied}

@@ -87,13 +87,13 @@ def check_fusion(model, expected, tolerance, a, b, mask, masked=None, other=None
     """Fused states of true pairs (b looks at a), of pairs with the official wrong partners, of masked texts that look
     at `other`."""
     everyone, fused = torch.arange(6), expected["get_cross_embeds"]
-    got = model.fuse(b.states, b.starts, a.states, a.starts)
+    got = model.fuse(b, a, everyone, everyone)
     assert error(got, real(fused[0], mask)) < tolerance
     texts, views = torch.cat([everyone, expected["neg_text_idx"]]), torch.cat([expected["neg_image_idx"], everyone])
-    got = model.fuse(b.states, b.starts, a.states, a.starts, views, None, texts)
+    got = model.fuse(b, a, texts, views)
     assert error(got, real(fused[1], mask[texts])) < tolerance
     if len(fused) > 2:                                                       # single stack: one call, states not seen
-        got = model.fuse(masked.states, masked.starts, other.states, other.starts)
+        got = model.fuse(masked, other, everyone, everyone)
         assert error(got, real(fused[2], masked_mask)) < tolerance
 
 
