@@ -18,6 +18,7 @@ of a text and an image, B sequences, T tokens, M masked tokens, D width, E embed
     python evaluate.py retrieval --ckpt out/ckpt.pt --data demo:test_style --json scores.json
 """
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -41,15 +42,10 @@ from weights import load_model
 
 GROUPS = {"seen": "seen with images", "text_only": "only in parallel text",
           "never": "never in training"}
-COLUMNS = {                             # {title of a table: {key of results.json: head}}
-    "text to image": {"t2i_r1": "R@1", "t2i_r1_equal": "equal", "reranked_t2i_r1": "re-ranked",
-                      "matched_t2i_r1": "by match", "new_t2i_r1": "new names", "t2i_r5": "R@5",
-                      "t2i_r10": "R@10"},
-    "image to text": {"i2t_r1": "R@1", "i2t_r1_equal": "equal", "reranked_i2t_r1": "re-ranked",
-                      "matched_i2t_r1": "by match", "i2t_r5": "R@5", "i2t_r10": "R@10"},
-    "true beats false caption": {"false_caption_accuracy_cosine": "cosine",
-                                 "false_caption_accuracy": "re-ranked",
-                                 "false_caption_accuracy_match": "by match"}}
+COLUMNS = {"{}_r1": "R@1", "{}_r1_equal": "equal", "reranked_{}_r1": "re-ranked",
+           "matched_{}_r1": "by match", "new_{}_r1": "new names", "{}_r5": "R@5", "{}_r10": "R@10"}
+FALSE_COLUMNS = {"false_caption_accuracy_cosine": "cosine", "false_caption_accuracy": "re-ranked",
+                 "false_caption_accuracy_match": "by match"}
 TEST_SETS = ("test_style", "test_concept", "test_scenes")
 SENTENCE_TOKENS = 64                    # a longer caption or query is cut, <s> and </s> included
 BATCH = 256                             # images or texts encoded at once
@@ -182,9 +178,8 @@ def new_names(rows, language, trained):
     """Which captions does no other training language share, in any case? -> list of n bool."""
     new = []
     for row in rows:
-        others = set()
-        for other in set(trained) - {language}:
-            others.update(text.casefold() for text in row["captions"].get(other, []))
+        texts = [row["captions"].get(other, []) for other in trained if other != language]
+        others = {text.casefold() for text in itertools.chain(*texts)}
         new += [text.casefold() not in others for text in row["captions"][language]]
     return new
 
@@ -204,16 +199,16 @@ def match_logits(model, texts, images, pairs):
         # The head reads the first token of each query sequence.
         first = offsets(few_texts.starts.diff()[query_text])[:-1].long()     # (PAIRS,)
         with inference_context(pairs.device):
-            states = model.fuse(few_texts, few_images, query_text, query_view, first)  # (.., D)
-            logits[batch] = model.itm_head(states).float()                   # (PAIRS, 2)
+            states = model.fuse(few_texts, few_images, query_text, query_view, first)
+            logits[batch] = model.itm_head(states).float()                   # (PAIRS, D) -> (.., 2)
     return logits[inverse]                                                   # (R, 2)
 
 
 def both_scores(model, texts, images, pairs, cosine):
     """pairs (R, 2) and their cosine (R,) -> {"reranked_": (R,) the sum, "matched_": (R,) match}."""
     no, yes = match_logits(model, texts, images, pairs).T                    # (R, 2) -> 2 x (R,)
-    log_odds = yes - no
-    return {"reranked_": cosine / model.temperature + LOG_ODDS_WEIGHT * log_odds, "matched_": yes}
+    together = cosine / model.temperature + LOG_ODDS_WEIGHT * (yes - no)
+    return {"reranked_": together, "matched_": yes}
 
 
 def rerank_scores(model, captions, images, cosine, K):
@@ -334,20 +329,22 @@ def validation_scores(model, tokenizer, rows, progress=False):
 
 
 def print_scores(name, lines):
-    """lines {label: {key: %}} -> a table a direction, and one of false captions where there are any;
-    each ends with chance."""
+    """lines {label: {key: %}} -> a table for each direction, and one of false captions where the
+    set has them; each ends with chance."""
     some = next(iter(lines.values()))
-    chance = dict.fromkeys(COLUMNS["true beats false caption"], 50.0)
-    for k in (1, 5, 10):
-        chance[f"t2i_r{k}"] = chance[f"i2t_r{k}"] = min(100.0, 100 * k / some["images"])
     print(f"\n{name}: {some['images']:g} images, {some['n']:g} captions, %")
-    for title, columns in COLUMNS.items():
-        if any(key in some for key in columns):
-            print_columns(title, lines | {"chance": chance}, columns)
+    for direction, title in (("t2i", "text to image"), ("i2t", "image to text")):
+        chance = {f"{direction}_r{k}": min(100.0, 100 * k / some["images"]) for k in (1, 5, 10)}
+        columns = {key.format(direction): head for key, head in COLUMNS.items()}
+        print_columns(title, lines | {"chance": chance}, columns)
+    if "false_caption_accuracy" in some:
+        chance = dict.fromkeys(FALSE_COLUMNS, 50.0)
+        print_columns("true beats false caption", lines | {"chance": chance}, FALSE_COLUMNS)
 
 
 def print_columns(title, lines, columns):
-    """One table, its title above the labels; a cell without a number is empty."""
+    """One table, its title above the labels; columns that no line has are left out."""
+    columns = {key: head for key, head in columns.items() if any(key in x for x in lines.values())}
     first = max(map(len, [title, *lines])) + 2
     print(f"{title:{first}}" + "".join(f"{head:>11}" for head in columns.values()))
     for label, x in lines.items():
@@ -359,9 +356,11 @@ def print_table(report):
     """The end-of-run table of a demo_report."""
     for name, groups in report["groups"].items():
         print_scores(name, {f"{GROUPS[k]} ({x['languages']})": x for k, x in groups.items()})
-    print("\nMeans over a group's languages. R@1, R@5, R@10 are by cosine. R@1 otherwise: equal, where "
-          "captions that\nread the same are equally right; re-ranked, by cosine and match head; by "
-          "match, by the head alone;\nnew names, of captions that no other training language shares.")
+    print("\nMeans over a group's languages. R@1, R@5 and R@10 rank by cosine; the others are R@1:"
+          "\nequal        captions that read the same are equally right"
+          "\nre-ranked    the 16 best by cosine in the order of cosine and match head together"
+          "\nby match     the same in the order of the match head alone"
+          "\nnew names    captions that no other training language shares")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,8 +379,8 @@ def explain(model, tokenizer, image_batch):
         return " ".join(tokenizer.pieces(token_ids))
 
     # Batch: B images, and their captions packed one after the other.
-    print(f"a batch         {B} images {tuple(image_batch['images'].shape)} uint8 and their captions: "
-          f"{len(sentences.token_ids)} tokens in one row, no padding\n"
+    print(f"a batch         {B} images {tuple(image_batch['images'].shape)} uint8 and their "
+          f"captions: {len(sentences.token_ids)} tokens in one row, no padding\n"
           f"caption 0       {read(sentences.token_ids[:end])}\n"
           f"  token ids     {sentences.token_ids[:end].tolist()}, rows 0 to {end - 1}\n"
           f"  masked        {read(masked.token_ids[:end])}, masked positions {positions}")
@@ -390,27 +389,26 @@ def explain(model, tokenizer, image_batch):
     b = model.encode_text(sentences.token_ids, sentences.starts, ids)
     states = model.encode_text(masked.token_ids, sentences.starts, ids).states
     masked_text = MaskedText(states, masked.positions, masked.labels)
-    print(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} and one unit "
-          f"vector of {a.vectors.shape[1]}\nview b          caption 0: {end} states and one unit "
-          f"vector; their cosine is {a.vectors[0] @ b.vectors[0]:.3f}")
-    # Contrastive loss: image 0 finds its caption among all. One wrong caption is drawn, the more
-    # probable the sooner: image 0's hard negative.
+    print(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} and one "
+          f"unit vector of {a.vectors.shape[1]}\nview b          caption 0: {end} states and one "
+          f"unit vector; their cosine is {a.vectors[0] @ b.vectors[0]:.3f}")
+    # Contrastive loss: image 0 looks for its caption among all. Its hard negative is a wrong one,
+    # drawn by probability.
     logits = a.vectors[0] @ b.vectors.T / model.temperature                  # (E,), (B, E) -> (B,)
-    rank = 1 + int((logits > logits[0]).sum())
+    rank, temperature = 1 + int((logits > logits[0]).sum()), model.temperature.item()
     negatives = hard_negatives(a, b, model.temperature, seed=0)
     j = int(negatives[1][0])
     negative = sentences.token_ids[sentences.starts[j]:sentences.starts[j + 1]]
-    print(f"contrastive     cosine / temperature {model.temperature:.3f} against all {B} captions: the "
-          f"true one comes {rank}. of {B}, its probability is {logits.softmax(0)[0]:.4f}\n"
+    print(f"contrastive     cosine / temperature {temperature:.3f} against all {B} captions: "
+          f"the true one comes {rank}. of {B}, its probability is {logits.softmax(0)[0]:.4f}\n"
           f"hard negative   drawn for image 0: caption {j}, {read(negative)}")
     # Fusion encoder: B true pairs, 2B with a hard negative, B masked captions, all in one pass. The
     # match head reads the first token of the 3B pairs.
     pairs, fused = fuse_pairs(model, a, b, masked_text, negatives)
     yes = model.itm_head(pairs).softmax(-1)[:, 1].view(3, B)                 # (3B, 2) -> (3, B)
-    print(f"fusion          {4 * B} query sequences read {B} images; the heads read {len(pairs)} first "
-          f"tokens and {len(fused)} masked ones\n"
-          f"matching        probability of belonging together: image 0 with caption 0 {yes[0, 0]:.3f}, "
-          f"with caption {j} {yes[2, 0]:.3f}")
+    print(f"fusion          {4 * B} query sequences read {B} images; the heads read {len(pairs)} "
+          f"first tokens and {len(fused)} masked ones\nmatching        probability of belonging "
+          f"together: image 0 with caption 0 {yes[0, 0]:.3f}, with caption {j} {yes[2, 0]:.3f}")
     # Masked LM: what stood at the masked positions of caption 0, and the three best guesses.
     head = model.mlm_head
     guesses = F.linear(head(fused), head.weight, head.bias).softmax(-1)      # (M, D) -> (M, V)
@@ -435,7 +433,7 @@ def check_target(file):
 
 
 def evaluation_set(name):
-    """'demo:SPLIT' or a JSON-lines file -> rows of {"image": RGB, "captions": {language: [text]}}."""
+    """'demo:SPLIT' or a JSON-lines file -> rows {"image": RGB, "captions": {language: [text]}}."""
     return emoji.split(name[5:]) if name.startswith("demo:") else evaluation_rows(name)
 
 
@@ -460,11 +458,12 @@ def retrieval_command(args, device):
 def main(argv=None):
     """The command line -> exit status; a user's mistake is one line and status 2."""
     strict = {"usage": argparse.SUPPRESS, "allow_abbrev": False}             # errors are one line
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, **strict)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, **strict)
     commands = parser.add_subparsers(required=True, metavar="{retrieval}", prog=parser.prog)
-    score = commands.add_parser("retrieval", help="recall per language, both directions",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter, **strict)
+    style = argparse.ArgumentDefaultsHelpFormatter
+    score = commands.add_parser("retrieval", help="recall by language, both directions",
+                                formatter_class=style, **strict)
     score.set_defaults(run=retrieval_command)
     add = score.add_argument
     add("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
