@@ -154,13 +154,8 @@ def read_sources(paths, every_second=False):
     source = functools.reduce(merge, [read_source(path, every_second) for path in paths])
     if every_second and "XLM-R" not in source.title.split(" + "):
         raise ValueError(f"--every_second takes layers of XLM-R, and {source.title} is not one")
-    if source.tokenizer is not None:
-        check_tokenizer(source)
-    return source
-
-
-def check_tokenizer(source):
-    """ValueError if the tokenizer of a source is none, or not that of its word embedding."""
+    if source.tokenizer is None:
+        return source
     try:
         tokens = data.Tokenizer(source.tokenizer).size
     except ValueError as error:
@@ -169,6 +164,7 @@ def check_tokenizer(source):
     if tokens != rows:
         raise ValueError(f"{source.title}: its sentencepiece.bpe.model has {tokens:,} tokens, its "
                          f"word embedding {rows:,} rows: take the one it was trained with")
+    return source
 
 
 # --------------------------------------------------------------------------------------------------

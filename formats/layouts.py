@@ -11,8 +11,6 @@ decoder. A CCLM file has two Layouts, one of TEXTS and one of IMAGES. A tensor o
 
 A table replaces substrings, its first entry first. So a longer one stands before one it contains:
 "output.LayerNorm -> norm2" alone would turn this name into text.layers.3.attention.norm2.bias.
-
-    python -m formats.layouts         the layouts, and the parts of our model that each holds
 """
 import collections
 import fnmatch
@@ -90,8 +88,8 @@ XLMR = Layout(
     "XLM-R", ("encoder.layer.0.attention.self.query.weight *",
               "roberta.encoder.layer.0.attention.self.query.weight *"),
     {"lm_head.": ("mlm_head.", MLM_HEAD), "roberta.": ("text.", BERT), "": ("text.", BERT)},
-    {"text_eps": 1e-5, "offset": 2, "tied": True}, ("text",))
-EVERY_SECOND = XLMR._replace(                           # official code, CCLM models/xvlm.py:219-244
+    fields={"text_eps": 1e-5, "offset": 2, "tied": True}, parts=("text",))
+EVERY_SECOND = XLMR._replace(                             # official code, CCLM models/xvlm.py:219
     fields=XLMR.fields | {"offset": 0, "fusion_eps": 1e-5}, parts=("text", "fusion"),
     new={"fusion.*.cross*": "XLM-R has no cross-attention"},
     unused={"*encoder.layer.*[02468].*": "every second layer was asked for"})
@@ -99,29 +97,30 @@ TEXTS = (
     Layout("CCLM-X2VLM", ("cross_encoder.encoder.layer.0.*",),
            HEADS | {"text_encoder.": ("text.", BERT), "cross_encoder.": ("fusion.", FUSION),
                     "mlm_head.": ("mlm_head.", MLM_HEAD)},
-           {"text_eps": 1e-5, "offset": 2, "fusion_eps": 1e-12, "tied": False, "pool": "first"},
-           PARTS),
-    Layout("English X2VLM", (f"{TOKEN_TYPES} 2",), STACK,              # BERT has two token types
-           {"fusion_eps": 1e-12, "tied": False, "pool": "first"},
-           tuple(name for name in PARTS if name != "text") + ("mlm_head",),
-           dict.fromkeys(WORD_ROWS, ENGLISH), dict.fromkeys(("text.*", *WORD_ROWS), ENGLISH)),
-    Layout("CCLM-3M/4M", (f"{TOKEN_TYPES} 1",), STACK,                 # XLM-R has one
-           {"text_eps": 1e-5, "offset": 0, "fusion_eps": 1e-5, "tied": True, "pool": "first"},
-           PARTS),
+           fields={"text_eps": 1e-5, "offset": 2, "fusion_eps": 1e-12, "tied": False,
+                   "pool": "first"}, parts=PARTS),
+    Layout("English X2VLM", (f"{TOKEN_TYPES} 2",), STACK,                # BERT has two token types
+           fields={"fusion_eps": 1e-12, "tied": False, "pool": "first"},
+           parts=tuple(name for name in PARTS if name != "text") + ("mlm_head",),
+           new=dict.fromkeys(WORD_ROWS, ENGLISH),
+           unused=dict.fromkeys(("text.*", *WORD_ROWS), ENGLISH)),
+    Layout("CCLM-3M/4M", (f"{TOKEN_TYPES} 1",), STACK,                   # XLM-R has one
+           fields={"text_eps": 1e-5, "offset": 0, "fusion_eps": 1e-5, "tied": True,
+                   "pool": "first"}, parts=PARTS),
     XLMR)
 IMAGES = (
     Layout("CLIP", ("*class_embedding *",),
            {"vision_model.": ("vision.", CLIP), "": ("vision.", CLIP)},
-           {"vision": "clip", "vision_eps": 1e-5}, ("vision",), unused=dict.fromkeys(
+           fields={"vision": "clip", "vision_eps": 1e-5}, parts=("vision",), unused=dict.fromkeys(
                ("text_model.*", "text_projection*", "visual_projection*", "logit_scale*"),
                "the rest of CLIP")),
     Layout("BEiT-2", ("blocks.0.gamma_1 *",), {"": ("vision.", BEIT)},
-           {"vision": "beit2", "vision_eps": 1e-6}, ("vision",),
-           {"vision.norm.*": "no fc_norm in that file"},
-           {"norm.*": "patches have fc_norm instead"}
-           | dict.fromkeys(("mask_token", "lm_head.*", "cls_pt_layers.*"), "pre-training's own")),
+           fields={"vision": "beit2", "vision_eps": 1e-6}, parts=("vision",),
+           new={"vision.norm.*": "no fc_norm in that file"},
+           unused={"norm.*": "patches have fc_norm instead"} | dict.fromkeys(
+               ("mask_token", "lm_head.*", "cls_pt_layers.*"), "pre-training's own")),
     Layout("ViT", ("blocks.0.attn.qkv.bias *",), {"": ("vision.", VIT)},
-           {"vision": "vit", "vision_eps": 1e-6}, ("vision",)),
+           fields={"vision": "vit", "vision_eps": 1e-6}, parts=("vision",)),
     Layout("Swin", ("layers.0.blocks.0.attn.qkv.bias *",),
            new={"vision.*": "Swin is out of scope; name a ViT of this width too"},
            unused=dict.fromkeys(("layers.*", "patch_embed.*", "norm.*"), "Swin is out of scope")))
@@ -193,6 +192,7 @@ def translate(tensors, every_second=False):
         layout = images if name != full_name or texts is NONE else texts
         ours = [divide_stack(new, text_layers, step) for new in our_names(name, layout, blocks)]
         unused = first_match(UNUSED | layout.unused, name, *ours)
+        # One tensor under two names, as a decoder's bias in CCLM's files, is used once.
         if not unused and any(new in weights for new in ours):
             if not torch.equal(weights[ours[0]], tensor):
                 raise ValueError(f"{full_name}: another tensor with different numbers is {ours[0]}")
@@ -444,6 +444,8 @@ def adapt_to_model(source, model, allow=()):
         if theirs != own[name].shape:
             raise ValueError(f"{source.title} does not fit this model: {name} is {theirs} there, "
                              f"{tuple(own[name].shape)} here")
+    # Tensors of ours that no file has: expected (source.new), allowed, of a part that no file holds at
+    # all, or lost.
     allowed = dict.fromkeys(allow, "named by --allow_missing")
     held = set(map(part, source.weights)) | set(source.parts)
     missing = {}
@@ -452,6 +454,7 @@ def adapt_to_model(source, model, allow=()):
             other = "" if part(name) in held else "no source holds this part"
             missing[name] = first_match(source.new | allowed, name) or other
     lost = [name for name, why in missing.items() if not why]
+    # Tensors of a file that have no name here, or a name that this model does not have.
     unknown = []
     for note in source.notes:
         known = note.unused or note.ours and own.keys() >= set(note.ours)
@@ -487,6 +490,7 @@ def resize_tables(weights, grid):
 def report(source, weights, missing, made):
     """The key report: what became of every tensor, in one line for those that differ in the layer
     only. weights: what is used; made: {missing name: its new tensor}."""
+    # Three kinds of lines: used as, unused because, missing and therefore new.
     lines = []
     for note in source.notes:
         if note.ours and not note.unused and weights.keys() >= set(note.ours):
@@ -498,6 +502,7 @@ def report(source, weights, missing, made):
         values = made[name].flatten()
         how = f"all {values[0]:.3g}" if (values == values[0]).all() else "random"
         lines.append(f"missing {name} -> {how}: {why}")
+    # "layers.0.norm1.bias" and "layers.1.norm1.bias" become "   2 layers.*.norm1.bias".
     counts = collections.Counter(re.sub(r"\.\d+\.", ".*.", line) for line in lines)
     lines = [f"{count:4} {line}" for line, count in counts.items()]
     total = len(source.notes)
@@ -529,8 +534,3 @@ def text_encoder(weights, config):
         "attention_probs_dropout_prob": 0.0,
         "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     return settings, tensors
-
-
-if __name__ == "__main__":
-    for layout in TEXTS + IMAGES:
-        print(f"{layout.title:15}{', '.join(layout.parts)}")
