@@ -1,17 +1,16 @@
-"""Weights in and out: published models become checkpoints of train.py, and these go out as safetensors.
+"""Weights in and out: published models become checkpoints, and these go out as safetensors.
 
 A source is a published file, or a folder with one, its sentencepiece.bpe.model and its config.json.
-formats/checkpoints.py opens it, formats/layouts.py knows its names. Every tensor is used, or unused for
-a reason, or missing and new for a reason. Anything else is an error.
+formats/checkpoints.py opens it, formats/layouts.py knows its names. Every tensor is used, or unused
+for a reason, or missing and new for a reason. Anything else is an error. A later source replaces
+the parts of earlier ones that it holds.
 
     python weights.py import cclm_x2vlm_base.th --out ckpt.pt        the authors' model
     python weights.py import beitv2_base.pth xlmr/ --out ckpt.pt     two encoders; the rest is new
-    python weights.py import x2vlm_base_1b.th xlmr/ --out ckpt.pt    where CCLM-X2VLM began: a later
-                                                                     source replaces parts of earlier ones
+    python weights.py import xlmr/ x2vlm_base_1b.th --out ckpt.pt    where CCLM-X2VLM began
     python weights.py import beitv2_large.pth xlmr_large/ --every_second --out ckpt.pt
-                                                                     where the texts of CCLM-3M/4M began
-    python weights.py export ckpt.pt DIR                             safetensors; a text encoder for
-                                                                     transformers
+                                                                     texts as CCLM-3M/4M began
+    python weights.py export ckpt.pt DIR                             safetensors; DIR/text_encoder
 """
 import argparse
 import functools
@@ -29,46 +28,36 @@ from formats.layouts import (PARTS, Note, Source, adapt_to_model, merge, part, r
                              translate, without_tied_decoder)
 from model import CCLM, Config, build
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading sources
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".th", ".pth", ".bin", ".safetensors")
+USUAL = ("model.safetensors", "pytorch_model.bin")
 
 
 def weights_file(path):
-    """A file, or the one that a folder means."""
+    """A file, or the one that a folder means: one of USUAL, or its only one."""
     if not path.is_dir():
         return path
-    usual = [path / "model.safetensors", path / "pytorch_model.bin"]
-    found = [file for file in usual if file.is_file()][:1]
-    found = found or sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise ValueError(f"{path} should hold one file of weights (pytorch_model.bin or another of "
-                         f"{' '.join(SUFFIXES)}), but holds {names}: name one file")
-    return found[0]
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    usual = [file for file in found if file.name in USUAL]
+    if not usual and len(found) != 1:
+        names = ", ".join(file.name for file in found) or f"none of {' '.join(SUFFIXES)}"
+        raise ValueError(f"{path} should hold one file of weights, but holds {names}: name a file")
+    return (usual or found)[0]
 
 
 def read_tensors(file):
-    """{name: tensor} of a file of weights. The tensors map the file."""
-    whole = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, mmap=True)
-    candidates = [whole]
+    """{name: tensor} of a file of weights; the tensors map the file."""
+    safe = file.suffix == ".safetensors"
+    whole = read_safetensors(file) if safe else read_pickle(file, mmap=True)
     if isinstance(whole, dict):
-        candidates = [whole.get("model"), whole.get("module"), whole.get("state_dict"), whole]
-    for tensors in candidates:
-        if isinstance(tensors, dict) and tensors:
-            if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-                return tensors
+        for tensors in (whole.get("model"), whole.get("module"), whole.get("state_dict"), whole):
+            if isinstance(tensors, dict) and tensors:
+                if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+                    return tensors
     raise ValueError(f"{file} holds no state dict, neither bare nor under 'model' or 'module'")
-
-
-def vocabulary_size(tokenizer, path):
-    """The number of tokens of a sentencepiece model. ValueError names its file."""
-    try:
-        return data.Tokenizer(tokenizer).size
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def read_config_json(path):
@@ -80,8 +69,8 @@ def read_config_json(path):
 
 
 def fields_from_config_json(source, path):
-    """Model settings that the config.json beside XLM-R's or CLIP's weights has and tensor shapes cannot
-    show: the number of heads, LayerNorm's epsilon."""
+    """Model settings that the config.json beside XLM-R's or CLIP's weights has and tensor shapes
+    cannot show: the number of heads, LayerNorm's epsilon."""
     tower = {"XLM-R": "text", "CLIP": "vision"}.get(source.title)
     if not tower or not path.is_file():
         return {}
@@ -122,8 +111,8 @@ def check_fields(config, path):
 def own_source(path, weights, config, tokenizer):
     """The Source of a checkpoint or an export of this program: the names are ours."""
     notes = [Note(name, [name], "") for name in weights]
-    return without_tied_decoder(Source(str(path), weights, notes, config, (*PARTS, "mlm_head"), {},
-                                       tokenizer=tokenizer))
+    parts = (*PARTS, "mlm_head")
+    return without_tied_decoder(Source(str(path), weights, notes, config, parts, {}, tokenizer))
 
 
 def checkpoint_source(path, state):
@@ -137,14 +126,11 @@ def read_source(path, every_second=False):
     path = pathlib.Path(path)
     file = weights_file(path)
     tensors = read_tensors(file)
-    ours = "temperature" in tensors                              # the official code calls it temp
+    ours = "temperature" in tensors                             # the official code calls it temp
     if ours and file.suffix != ".safetensors":
         return checkpoint_source(path, read_checkpoint(file, mmap=True))
     tokenizer_file = file.parent / "sentencepiece.bpe.model"
-    tokenizer = None
-    if tokenizer_file.exists():
-        tokenizer = tokenizer_file.read_bytes()
-        vocabulary_size(tokenizer, tokenizer_file)               # ValueError if it is no tokenizer
+    tokenizer = tokenizer_file.read_bytes() if tokenizer_file.exists() else None
     config_file = file.parent / "config.json"
     if ours:
         config = check_fields(read_config_json(config_file), config_file)
@@ -161,60 +147,58 @@ def read_source(path, every_second=False):
 
 
 def read_sources(paths, every_second=False):
-    """Several sources as one; a later one replaces parts of earlier ones (see layouts.merge)."""
+    """Several sources as one: a later one replaces the parts of earlier ones that it holds."""
     source = functools.reduce(merge, [read_source(path, every_second) for path in paths])
     if every_second and "XLM-R" not in source.title.split(" + "):
         raise ValueError(f"--every_second takes layers of XLM-R, and {source.title} is not one")
-    rows = source.fields.get("vocabulary")
-    if source.tokenizer and rows is not None:
-        tokens = vocabulary_size(source.tokenizer, source.title)
-        if tokens != rows:
-            raise ValueError(f"{source.title}: the tokenizer beside it has {tokens:,} tokens, its "
-                             f"table {rows:,} rows: put the sentencepiece.bpe.model it was trained with "
-                             f"into its folder")
+    if source.tokenizer is None:
+        return source
+    try:
+        tokens = data.Tokenizer(source.tokenizer).size
+    except ValueError as error:
+        raise ValueError(f"{source.title}: its sentencepiece.bpe.model: {error}") from None
+    rows = source.fields.get("vocabulary", tokens)
+    if tokens != rows:
+        raise ValueError(f"{source.title}: its sentencepiece.bpe.model has {tokens:,} tokens, its "
+                         f"word embedding {rows:,} rows: take the one it was trained with")
     return source
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From a source to a model
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def resolve_config(preset, source, changes):
-    """The Config of a source. A field is taken from the first of these that has it: changes, source,
-    heads 64 wide and MLPs four times the width, preset."""
+    """The Config of a source. A field is taken from the first of these that has it: changes, the
+    source, "heads 64 wide and MLPs four times the width", the preset."""
     if "width" not in source.fields:
-        raise ValueError(f"{source.title}: no encoder in it that is read here, so no width; name a file "
-                         f"with one")
+        raise ValueError(f"{source.title}: no encoder that is read here, so no width")
     width = source.fields["width"]
     usual = {}
     for tower in ("vision", "text", "fusion"):
         usual |= {f"{tower}_heads": max(1, width // 64), f"{tower}_mlp": 4 * width}
-    config = build(preset, **usual | source.fields | check_fields(changes, "the command line"))
+    changes = check_fields(changes, "the command line")
+    config = build(preset, **usual | source.fields | changes)
     check_fields(asdict(config), source.title)
     for tower in ("vision", "text", "fusion"):
         heads = getattr(config, f"{tower}_heads")
         if config.width % heads:
-            raise ValueError(f"{source.title}: width {config.width} is not a multiple of {heads} heads: "
-                             f"choose another --{tower}_heads")
+            raise ValueError(f"{source.title}: width {config.width} is not a multiple of {heads} "
+                             f"heads: choose another --{tower}_heads")
     return config
 
 
-def new_tensors(config, names):
-    """Initial values of some tensors of a model, the same in every import."""
-    torch.manual_seed(0)
-    made = CCLM(config).state_dict()
-    return {name: made[name] for name in names}
-
-
 def import_sources(paths, changes=None, every_second=False, allow=()):
-    """Published files -> (a checkpoint's dict, the lines of the key report). changes: fields of Config
-    that win over the files'. allow: patterns of names that may be missing or unknown."""
+    """Published files -> (a checkpoint's dict, the lines of the key report). changes: fields of
+    Config that win over the files'. allow: patterns of names that may be missing or unknown."""
     source = read_sources(paths, every_second)
     config = resolve_config("base", source, changes or {})
-    with torch.device("meta"):                                   # shapes only, no memory
+    with torch.device("meta"):                                  # shapes only, no memory
         model = CCLM(config)
     weights, missing = adapt_to_model(source, model, allow)
-    made = new_tensors(config, missing) if missing else {}
+    torch.manual_seed(0)                                        # the same ones in every import
+    made = CCLM(config).state_dict() if missing else {}
+    made = {name: made[name] for name in missing}
     lines = report(source, weights, missing, made)
     lines.append(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
     lines.append(f"tokenizer: {'its own' if source.tokenizer else 'not found'}")
@@ -237,7 +221,7 @@ def initialise(model, source):
 
 
 def load_model(path):
-    """A checkpoint's model -> (CCLM, the whole dict). ValueError in one line if it cannot be read."""
+    """A checkpoint's model -> (CCLM, the whole dict); ValueError in one line if it cannot be."""
     state = read_checkpoint(path, mmap=True)
     model = CCLM(Config(**check_fields(state["config"]["model"], path)))
     initialise(model, checkpoint_source(path, state))
@@ -247,9 +231,9 @@ def load_model(path):
 def starting_point(path, state, flags):
     """Where train.py begins -> (CCLM, data.Tokenizer, a line about it).
 
-    state: the checkpoint at `path` to resume from, or None: then the run begins at the checkpoint of
-    --init, or at random weights. flags: the command line as a dict. The fields of Config in it (None:
-    not given) win over the checkpoint's, and these over the preset's.
+    state: the checkpoint at `path` to resume from, or None: then the run begins at the checkpoint
+    of --init, or at random weights. flags: the command line as a dict. The fields of Config in it
+    (None: not given) win over the checkpoint's, and these over the preset's.
     """
     if state is None and flags["init"]:
         path = flags["init"]
@@ -276,17 +260,17 @@ def starting_tokenizer(state, flags):
     return data.demo_tokenizer()
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Export
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 CARD = """# A CCLM model
 
-Image-text and text-text retrieval in many languages (Cross-View Language Modeling, arXiv 2206.00621).
-{:,} parameters, {} training steps from {}. What it was trained on, measured on and is licensed for:
-please add before publishing.
+Image-text and text-text retrieval in many languages (Cross-View Language Modeling, arXiv
+2206.00621). {:,} parameters, {} training steps from {}.
+What it was trained on, measured on and is licensed for: please add before publishing.
 
-    python weights.py import THIS_FOLDER --out ckpt.pt          for train.py --init and evaluate.py --ckpt
+    python weights.py import THIS_FOLDER --out ckpt.pt     # for train.py --init, evaluate.py --ckpt
     XLMRobertaModel.from_pretrained("THIS_FOLDER/text_encoder", add_pooling_layer=False)
 
 {}
@@ -294,13 +278,13 @@ please add before publishing.
 
 
 def export(path, folder):
-    """A checkpoint -> a folder with model.safetensors, config.json, sentencepiece.bpe.model, README.md,
-    and text_encoder/, which transformers opens."""
+    """A checkpoint -> a folder with model.safetensors, config.json, sentencepiece.bpe.model,
+    README.md, and text_encoder/, which transformers opens."""
     state = read_checkpoint(path, mmap=True)
     config = Config(**check_fields(state["config"]["model"], path))
     if not config.shared_fusion:
-        raise ValueError(f"{path} was trained with --no-shared_fusion: an export has no place for its "
-                         f"second fusion encoder")
+        raise ValueError(f"{path} was trained with --no-shared_fusion: an export has no place for "
+                         f"its second fusion encoder")
     weights = dict(state["model"])
     if config.tied:
         del weights["mlm_head.weight"]                           # it is the word embedding
@@ -322,29 +306,29 @@ def write_export(folder, settings, tensors, tokenizer):
         (folder / "sentencepiece.bpe.model").write_bytes(tokenizer)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 CHANGES = ("vision_heads", "text_heads", "fusion_heads", "fusion_layers", "image_size")
 
 
-def settings(argv):
+def arguments(argv):
     """The command line."""
     options = {"usage": argparse.SUPPRESS, "allow_abbrev": False,
                "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **options)
     commands = parser.add_subparsers(dest="command", required=True, prog="weights.py")
     importer = commands.add_parser("import", help="published files -> a checkpoint", **options)
-    importer.add_argument("sources", nargs="+", help="files, or folders with one")
-    importer.add_argument("--out", type=pathlib.Path, required=True, help="the checkpoint to write")
-    importer.add_argument("--every_second", action="store_true",
-                          help="XLM-R's layers 1, 3, 5 ... as text and fusion layers")
-    importer.add_argument("--allow_missing", action="append", default=[], metavar="NAME",
-                          help="go on without this tensor, named as in the file or as here; * is any text")
+    add = importer.add_argument
+    add("sources", nargs="+", help="files, or folders with one")
+    add("--out", type=pathlib.Path, required=True, help="the checkpoint to write")
+    add("--every_second", action="store_true", help="XLM-R's layers 1, 3, 5 ... as text and fusion")
+    add("--allow_missing", action="append", default=[], metavar="NAME",
+        help="go on without this tensor, named as in the file or as here; * is any text")
     for name in CHANGES:
-        importer.add_argument(f"--{name}", type=int, help="(default: as in the source)")
-    exporter = commands.add_parser("export", help="a checkpoint -> a folder of safetensors", **options)
+        add(f"--{name}", type=int, help="(default: as in the source)")
+    exporter = commands.add_parser("export", help="a checkpoint -> a folder", **options)
     exporter.add_argument("ckpt")
     exporter.add_argument("folder")
     return parser.parse_args(argv)
@@ -352,22 +336,23 @@ def settings(argv):
 
 def main(argv=None):
     """-> exit status: 0, or 2 after one line about what was wrong with the input."""
-    args = settings(argv)
+    args = arguments(argv)
     try:
         if args.command == "export":
             export(args.ckpt, args.folder)
             print(f"wrote {args.folder}")
             return 0
-        changes = {name: getattr(args, name) for name in CHANGES if getattr(args, name) is not None}
+        given = {name: getattr(args, name) for name in CHANGES}
+        changes = {name: value for name, value in given.items() if value is not None}
         if not args.out.name or args.out.is_dir():
             raise ValueError(f"--out {args.out} is not a file: name the checkpoint to write")
         state, lines = import_sources(args.sources, changes, args.every_second, args.allow_missing)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_checkpoint(args.out, state)
         print(*lines, f"wrote {args.out}", sep="\n")
-        return 0
     except (ValueError, OSError) as error:
         return data.fail(error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """What published files call their tensors, and which tensors of ours they become.
 
-One telling name shows what a file is. Its Layout renames the tensors by a table, says why some are not
-used, and adds what shapes cannot show: LayerNorm's epsilon, the offset of positions, a tied decoder. A
-CCLM file has two Layouts, one of TEXTS and one of IMAGES. How a tensor of CCLM-X2VLM gets our name:
+One telling name shows what a file is. Its Layout renames the tensors by a table, says why some are
+not used, and adds what shapes cannot show: LayerNorm's epsilon, the offset of positions, a tied
+decoder. A CCLM file has two Layouts, one of TEXTS and one of IMAGES. A tensor of CCLM-X2VLM:
 
-    text_encoder.encoder.layer.3.attention.output.LayerNorm.bias     in the file
-    text.        encoder.layer.3.attention.output.LayerNorm.bias     its prefix (Layout.rename), then
-    text.        encoder.layer.3.norm1.bias                          attention.output.LayerNorm -> norm1
-    text.        layers.3.norm1.bias                                 encoder.layer -> layers
+    text_encoder.encoder.layer.3.attention.output.LayerNorm.bias    in the file
+    text.        encoder.layer.3.attention.output.LayerNorm.bias    by Layout.rename
+    text.        encoder.layer.3.norm1.bias             attention.output.LayerNorm -> norm1  (BERT)
+    text.        layers.3.norm1.bias                    encoder.layer -> layers  (BERT)
 
-A table replaces substrings, its first entry first. So a longer one stands before one that it contains:
-if output.LayerNorm -> norm2 came first, this name would become text.layers.3.attention.norm2.bias.
-
-    python -m formats.layouts         the layouts, and the parts of our model that each holds
+A table replaces substrings, its first entry first. So a longer one stands before one it contains:
+"output.LayerNorm -> norm2" alone would turn this name into text.layers.3.attention.norm2.bias.
 """
 import collections
 import fnmatch
@@ -67,13 +65,12 @@ STACK = HEADS | {                                         # text and fusion laye
 
 class Layout(NamedTuple):
     title: str
-    signs: tuple = ()               # patterns of a tensor's "name shape", as "cls_token 1x1x768"
+    signs: tuple = ()               # patterns of a tensor's "name rows", as "class_embedding 768"
     rename: dict = {}               # {their prefix: (our prefix, table)}
     fields: dict = {}               # of model.Config: what shapes cannot show
     parts: tuple = ()               # parts of our model that such a file must hold completely ...
     new: dict = {}                  # ... except {pattern of our name: why it may be missing}
     unused: dict = {}               # {pattern of their name or of ours: why it is not used}
-    yields: tuple = ()              # parts that do not replace those of an earlier source
 
 
 PARTS = ("vision", "text", "fusion", "vision_proj", "text_proj", "itm_head", "temperature")
@@ -91,8 +88,8 @@ XLMR = Layout(
     "XLM-R", ("encoder.layer.0.attention.self.query.weight *",
               "roberta.encoder.layer.0.attention.self.query.weight *"),
     {"lm_head.": ("mlm_head.", MLM_HEAD), "roberta.": ("text.", BERT), "": ("text.", BERT)},
-    {"text_eps": 1e-5, "offset": 2, "tied": True}, ("text",), yields=("mlm_head",))
-EVERY_SECOND = XLMR._replace(                             # official code, CCLM models/xvlm.py:219-244
+    fields={"text_eps": 1e-5, "offset": 2, "tied": True}, parts=("text",))
+EVERY_SECOND = XLMR._replace(                             # official code, CCLM models/xvlm.py:219
     fields=XLMR.fields | {"offset": 0, "fusion_eps": 1e-5}, parts=("text", "fusion"),
     new={"fusion.*.cross*": "XLM-R has no cross-attention"},
     unused={"*encoder.layer.*[02468].*": "every second layer was asked for"})
@@ -100,27 +97,30 @@ TEXTS = (
     Layout("CCLM-X2VLM", ("cross_encoder.encoder.layer.0.*",),
            HEADS | {"text_encoder.": ("text.", BERT), "cross_encoder.": ("fusion.", FUSION),
                     "mlm_head.": ("mlm_head.", MLM_HEAD)},
-           {"text_eps": 1e-5, "offset": 2, "fusion_eps": 1e-12, "tied": False, "pool": "first"}, PARTS),
-    Layout("English X2VLM", (f"{TOKEN_TYPES} 2x*",), STACK,              # BERT has two token types
-           {"fusion_eps": 1e-12, "tied": False, "pool": "first"},
-           tuple(name for name in PARTS if name != "text") + ("mlm_head",),
-           dict.fromkeys(WORD_ROWS, ENGLISH), dict.fromkeys(("text.*", *WORD_ROWS), ENGLISH)),
-    Layout("CCLM-3M/4M", (f"{TOKEN_TYPES} 1x*",), STACK,                 # XLM-R has one
-           {"text_eps": 1e-5, "offset": 0, "fusion_eps": 1e-5, "tied": True, "pool": "first"}, PARTS),
+           fields={"text_eps": 1e-5, "offset": 2, "fusion_eps": 1e-12, "tied": False,
+                   "pool": "first"}, parts=PARTS),
+    Layout("English X2VLM", (f"{TOKEN_TYPES} 2",), STACK,                # BERT has two token types
+           fields={"fusion_eps": 1e-12, "tied": False, "pool": "first"},
+           parts=tuple(name for name in PARTS if name != "text") + ("mlm_head",),
+           new=dict.fromkeys(WORD_ROWS, ENGLISH),
+           unused=dict.fromkeys(("text.*", *WORD_ROWS), ENGLISH)),
+    Layout("CCLM-3M/4M", (f"{TOKEN_TYPES} 1",), STACK,                   # XLM-R has one
+           fields={"text_eps": 1e-5, "offset": 0, "fusion_eps": 1e-5, "tied": True,
+                   "pool": "first"}, parts=PARTS),
     XLMR)
 IMAGES = (
     Layout("CLIP", ("*class_embedding *",),
            {"vision_model.": ("vision.", CLIP), "": ("vision.", CLIP)},
-           {"vision": "clip", "vision_eps": 1e-5}, ("vision",), unused=dict.fromkeys(
+           fields={"vision": "clip", "vision_eps": 1e-5}, parts=("vision",), unused=dict.fromkeys(
                ("text_model.*", "text_projection*", "visual_projection*", "logit_scale*"),
                "the rest of CLIP")),
     Layout("BEiT-2", ("blocks.0.gamma_1 *",), {"": ("vision.", BEIT)},
-           {"vision": "beit2", "vision_eps": 1e-6}, ("vision",),
-           {"vision.norm.*": "no fc_norm in that file"},
-           {"norm.*": "patches have fc_norm instead"}
-           | dict.fromkeys(("mask_token", "lm_head.*", "cls_pt_layers.*"), "pre-training's own")),
+           fields={"vision": "beit2", "vision_eps": 1e-6}, parts=("vision",),
+           new={"vision.norm.*": "no fc_norm in that file"},
+           unused={"norm.*": "patches have fc_norm instead"} | dict.fromkeys(
+               ("mask_token", "lm_head.*", "cls_pt_layers.*"), "pre-training's own")),
     Layout("ViT", ("blocks.0.attn.qkv.bias *",), {"": ("vision.", VIT)},
-           {"vision": "vit", "vision_eps": 1e-6}, ("vision",)),
+           fields={"vision": "vit", "vision_eps": 1e-6}, parts=("vision",)),
     Layout("Swin", ("layers.0.blocks.0.attn.qkv.bias *",),
            new={"vision.*": "Swin is out of scope; name a ViT of this width too"},
            unused=dict.fromkeys(("layers.*", "patch_embed.*", "norm.*"), "Swin is out of scope")))
@@ -142,12 +142,10 @@ def first_match(patterns, *names):
 
 def recognise(family, tensors):
     """The first Layout of TEXTS or IMAGES with a sign among the tensors; NONE if there is none."""
-    described = []
-    for name, tensor in tensors.items():
-        shape = "x".join(map(str, tensor.shape))
-        described.append(f"{name.removeprefix('vision_encoder.')} {shape}")
+    rows = [f"{name.removeprefix('vision_encoder.')} {tensor.shape[:1].numel()}"
+            for name, tensor in tensors.items()]
     for layout in family:
-        if first_match(dict.fromkeys(layout.signs, "found"), *described):
+        if first_match(dict.fromkeys(layout.signs, "found"), *rows):
             return layout
     return NONE
 
@@ -164,21 +162,14 @@ class Note(NamedTuple):
 
 
 class Source(NamedTuple):
-    """One or several files of weights under our names. parts, new, yields: as in Layout."""
+    """One or several files of weights under our names. parts, new: as in Layout."""
     title: str
     weights: dict                   # {our name: tensor}
     notes: list                     # of Note
     fields: dict                    # of model.Config
     parts: tuple
     new: dict
-    yields: tuple = ()
     tokenizer: bytes | None = None  # a sentencepiece model
-
-
-class Stack(NamedTuple):
-    """Text and fusion layers in one stack: every step-th layer of the file, first the text layers."""
-    text_layers: int
-    step: int = 1
 
 
 def translate(tensors, every_second=False):
@@ -191,7 +182,7 @@ def translate(tensors, every_second=False):
                          f"{', '.join(layout.title for layout in TEXTS + IMAGES)}")
     if texts is XLMR and every_second:
         texts = EVERY_SECOND
-    stack = stack_of(texts, tensors)
+    text_layers, step = division_of_stack(texts, tensors)
     blocks = len(layer_numbers(r"blocks\.(\d+)\.", tensors))
     weights = {}
     notes = []
@@ -199,12 +190,12 @@ def translate(tensors, every_second=False):
         # In a CCLM file, "vision_encoder.blocks.0.norm1.bias" is BEiT's "blocks.0.norm1.bias".
         name = full_name.removeprefix("vision_encoder.")
         layout = images if name != full_name or texts is NONE else texts
-        ours = our_names(name, layout, stack, blocks)
+        ours = [divide_stack(new, text_layers, step) for new in our_names(name, layout, blocks)]
         unused = first_match(UNUSED | layout.unused, name, *ours)
+        # One tensor under two names, as a decoder's bias in CCLM's files, is used once.
         if not unused and any(new in weights for new in ours):
             if not torch.equal(weights[ours[0]], tensor):
-                raise ValueError(f"{full_name} and another tensor both are our {ours[0]}, with "
-                                 f"different numbers")
+                raise ValueError(f"{full_name}: another tensor with different numbers is {ours[0]}")
             unused = f"the same numbers as {ours[0]}"
         notes.append(Note(full_name, ours, unused))
         if not unused:
@@ -212,7 +203,7 @@ def translate(tensors, every_second=False):
     title = " with ".join(layout.title for layout in (texts, images) if layout.title)
     fields = fields_from_shapes(weights, title) | texts.fields | images.fields
     return without_tied_decoder(Source(title, weights, notes, fields, texts.parts + images.parts,
-                                       texts.new | images.new, texts.yields))
+                                       texts.new | images.new))
 
 
 def layer_numbers(pattern, names):
@@ -220,20 +211,20 @@ def layer_numbers(pattern, names):
     return {int(number) for name in names for number in re.findall(pattern, name)}
 
 
-def stack_of(layout, tensors):
-    """The Stack of a file; None if it holds text and fusion layers apart, or only one of them."""
+def division_of_stack(layout, tensors):
+    """For a file with text and fusion layers in one stack -> (how many of ours are text layers,
+    step), where ours are every step-th layer of the file. (None, 1) for another file."""
     if layout is EVERY_SECOND:
         layers = len(layer_numbers(r"layer\.(\d+)\.", tensors))
         if layers % 4:
-            raise ValueError(f"--every_second needs a number of layers that is a multiple of 4, and "
-                             f"here are {layers}")
-        return Stack(layers // 4, step=2)
+            raise ValueError(f"--every_second needs a multiple of 4 layers, and here are {layers}")
+        return layers // 4, 2
     # CCLM-3M/4M and X2VLM: the lowest layer with cross-attention is the first fusion layer.
     crossed = layer_numbers(r"^text_encoder.*layer\.(\d+)\.crossattention", tensors)
-    return Stack(min(crossed)) if crossed else None
+    return min(crossed, default=None), 1
 
 
-def our_names(name, layout, stack, blocks):
+def our_names(name, layout, blocks):
     """The name of a tensor in a file -> our names (the top of this file shows how).
     blocks: the number of layers of the file's image encoder."""
     prefix = next((prefix for prefix in layout.rename if name.startswith(prefix)), None)
@@ -243,29 +234,29 @@ def our_names(name, layout, stack, blocks):
     rest = name[len(prefix):]
     for theirs, ours in table.items():
         rest = rest.replace(theirs, ours)
-    # BEiT's pre-training has one table for all layers: each of ours gets it, as in the official code.
+    # Pre-trained BEiT has one table for all layers: each of ours gets it, as in the official code.
     if rest == "rel_pos_bias.relative_position_bias":
         return [f"vision.layers.{i}.attention.relative_position_bias" for i in range(blocks)]
     # "layers.0.attention.qkv.weight" is our q, k and v, one above the other.
     if ".qkv." in rest:
         return [our_prefix + rest.replace("qkv", letter) for letter in "qkv"]
-    return [divide_stack(our_prefix + rest, stack)]
+    return [our_prefix + rest]
 
 
-def divide_stack(name, stack):
-    """In a stack of 6 text and 6 fusion layers, layer 7 is text.layers.7.norm1.bias ->
-    fusion.layers.1.norm1.bias; with step 2 it is the stack's layer 3 -> text.layers.3.norm1.bias."""
+def divide_stack(name, text_layers, step):
+    """With 6 text layers, text.layers.7.norm1.bias -> fusion.layers.1.norm1.bias. If step is 2,
+    layer 7 is our fourth: -> text.layers.3.norm1.bias. If text_layers is None: the name itself."""
     found = re.fullmatch(r"text\.layers\.(\d+)\.(.*)", name)
-    if not stack or not found:
+    if text_layers is None or not found:
         return name
-    layer = int(found[1]) // stack.step
-    if layer < stack.text_layers:
+    layer = int(found[1]) // step
+    if layer < text_layers:
         return f"text.layers.{layer}.{found[2]}"
-    return f"fusion.layers.{layer - stack.text_layers}.{found[2]}"
+    return f"fusion.layers.{layer - text_layers}.{found[2]}"
 
 
 def our_tensors(tensor, names):
-    """A tensor of a file -> {our name: tensor} in fp32. What is fp32 already still maps the file."""
+    """A tensor of a file -> {our name: tensor} in fp32. One that is fp32 still maps the file."""
     pieces = [tensor] * len(names)
     if len(names) == 3 and ".attention.q." in names[0]:
         pieces = tensor.chunk(3)                                 # (3D, ...) -> three of (D, ...)
@@ -278,8 +269,8 @@ def our_tensors(tensor, names):
 
 
 def without_tied_decoder(source):
-    """Leaves out a masked LM decoder that is the word embedding; fill_in_decoder puts it back. A decoder
-    with other numbers makes the model untied."""
+    """Leaves out a masked LM decoder that is the word embedding; fill_in_decoder puts it back. A
+    decoder with other numbers makes the model untied."""
     decoder = source.weights.get("mlm_head.weight")
     words = source.weights.get("text.token_embedding.weight")
     if not source.fields.get("tied") or decoder is None or words is None:
@@ -302,10 +293,6 @@ def with_reasons(notes, reasons):
     return changed
 
 
-# --------------------------------------------------------------------------------------------------
-# Settings that shapes show
-# --------------------------------------------------------------------------------------------------
-
 def fields_from_shapes(weights, title):
     """{field of model.Config: value}, as far as shapes show it; heads are taken to be 64 wide."""
     fields = {}
@@ -316,9 +303,8 @@ def fields_from_shapes(weights, title):
             layers = layer_numbers(rf"^{tower}\.layers\.(\d+)\.", weights)
             if layers:
                 mlp_width, width = weights[f"{tower}.layers.0.mlp.up.weight"].shape
-                check_widths("vision", fields.get("width"), tower, width)
-                fields |= {"width": width, f"{tower}_layers": len(layers), f"{tower}_mlp": mlp_width,
-                           f"{tower}_heads": max(1, width // 64)}
+                fields |= {"width": width, f"{tower}_layers": len(layers),
+                           f"{tower}_mlp": mlp_width, f"{tower}_heads": max(1, width // 64)}
         if "vision_layers" in fields:
             fields |= image_fields(weights)
         if "text_layers" in fields:
@@ -341,44 +327,22 @@ def image_fields(weights):
     return fields | {"image_size": grid * fields["patch_size"]}
 
 
-def check_widths(title_a, width_a, title_b, width_b):
-    """ValueError if no one fusion encoder can read two encoders of these widths (None: unknown)."""
-    if None not in (width_a, width_b) and width_a != width_b:
-        raise ValueError(f"{title_a} has width {width_a}, {title_b} {width_b}: one fusion encoder "
-                         f"reads both, so they must be equal")
-
-
-# --------------------------------------------------------------------------------------------------
-# Several sources
-# --------------------------------------------------------------------------------------------------
-
 def merge(a, b):
-    """Two sources as one: the parts of b replace those of a. Only a masked LM head stays when XLM-R
-    comes, as in the official code (X2-VLM models/xvlm.py:1073-1158 does not read lm_head)."""
-    check_widths(a.title, a.fields.get("width"), b.title, b.fields.get("width"))
-    kept = set(map(part, a.weights)) & set(b.yields)             # {"mlm_head"} or nothing
-    replaced = set(map(part, b.weights)) - kept
-    reasons_a = dict.fromkeys(replaced, "another source holds it")
-    new_a = {pattern: why for pattern, why in a.new.items() if part(pattern) not in replaced}
-
-    # The head that stays has a row for each of a's words. Another vocabulary needs other rows.
-    words_a = a.fields.get("vocabulary")
-    words_b = b.fields.get("vocabulary")
-    if kept and None not in (words_a, words_b) and words_a != words_b:
-        reasons_a |= dict.fromkeys(WORD_ROWS, f"for {words_a:,} other words")
-        new_a |= dict.fromkeys(WORD_ROWS, "the words are another source's")
-
-    weights = {name: tensor for name, tensor in a.weights.items()
-               if not {name, part(name)} & reasons_a.keys()}
-    weights |= {name: tensor for name, tensor in b.weights.items() if part(name) in replaced}
+    """Two sources as one: the parts that b holds replace those of a."""
+    widths = [source.fields["width"] for source in (a, b) if "width" in source.fields]
+    if len(set(widths)) == 2:
+        raise ValueError(f"{a.title} has width {widths[0]}, {b.title} {widths[1]}: one fusion "
+                         f"encoder reads both, so they must be equal")
+    replaced = set(map(part, b.weights))
+    weights = {name: tensor for name, tensor in a.weights.items() if part(name) not in replaced}
+    new = {pattern: why for pattern, why in a.new.items() if part(pattern) not in replaced}
     fields = a.fields | b.fields
-    if "mlm_head" not in replaced and "tied" in a.fields:        # a setting of the head that stays
+    if "mlm_head" not in replaced and "tied" in a.fields:       # a setting of the head that stays
         fields["tied"] = a.fields["tied"]
-    notes = with_reasons(a.notes, reasons_a)
-    notes += with_reasons(b.notes, dict.fromkeys(kept, "another source holds it"))
+    notes = with_reasons(a.notes, dict.fromkeys(replaced, "another source holds it")) + b.notes
     tokenizer = b.tokenizer if "text" in replaced else a.tokenizer
-    return Source(f"{a.title} + {b.title}", weights, notes, fields, a.parts + b.parts, new_a | b.new,
-                  tokenizer=tokenizer)
+    return Source(f"{a.title} + {b.title}", weights | b.weights, notes, fields, a.parts + b.parts,
+                  new | b.new, tokenizer)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -389,7 +353,7 @@ def grid_of_positions(table):
     """ViT's position table (1 + g * g, D) -> g, the number of patches a side."""
     grid = math.isqrt(max(len(table) - 1, 0))
     if len(table) != grid ** 2 + 1:
-        raise ValueError(f"a table of {len(table)} rows is not of a square of patches and a class token")
+        raise ValueError(f"a table of {len(table)} rows is not of a square grid of patches")
     return grid
 
 
@@ -397,13 +361,12 @@ def grid_of_bias_table(table):
     """BEiT's relative position bias table ((2g-1)^2 + 3, H) -> g, the number of patches a side."""
     grid = (math.isqrt(max(len(table) - 3, 0)) + 1) // 2
     if len(table) != (2 * grid - 1) ** 2 + 3 or grid < 3 or table.ndim != 2:
-        raise ValueError(f"a relative table of shape {tuple(table.shape)} is not of a square of 3 x 3 "
-                         f"patches or more")
+        raise ValueError(f"a relative table of shape {tuple(table.shape)} is not of a square grid")
     return grid
 
 
 def resize_positions(table, grid):
-    """ViT's position table (1 + g * g, D) for another grid, bicubic. The class token keeps its row."""
+    """ViT's position table (1 + g * g, D) for another grid, bicubic. The class token is kept."""
     old = grid_of_positions(table)
     square = table[1:].view(1, old, old, -1).permute(0, 3, 1, 2)             # (1, D, g, g)
     square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
@@ -411,17 +374,17 @@ def resize_positions(table, grid):
 
 
 def resize_bias_table(table, grid):
-    """BEiT's relative position bias table ((2g-1)^2 + 3, H) for another grid, as in the official code
+    """BEiT's relative position bias table ((2g-1)^2 + 3, H) for another grid, as in official code
     (X2-VLM models/beit2.py). Its last three rows, those of the class token, are kept."""
-    # A row stands for an offset between two patches: -13 ... 13 in y and in x where g is 14. For grid 24
-    # the offsets are -23 ... 23. The old ones are spread over this range, densest at 0: they come to lie
-    # at 0, 1, 1 + q, 1 + q + q^2 ... 23 and at their negatives. Which q ends at 23? Found by bisection.
+    # A row stands for an offset between two patches: -13 ... 13 in y and in x if g is 14. A grid of
+    # 24 has -23 ... 23. The old offsets are spread over this range, densest at 0: they come to lie
+    # at 0, 1, 1 + q, 1 + q + q^2 ... 23 and at their negatives. Bisection finds q.
     old = grid_of_bias_table(table)
     powers = np.arange(old - 1)
     low = 1.01
     high = 1.5
     if not (low ** powers).sum() <= grid - 1 <= (high ** powers).sum():
-        raise ValueError(f"relative positions of {old} patches a side cannot be spread over {grid}: "
+        raise ValueError(f"relative positions of {old} patches cannot be spread over {grid}: "
                          f"choose an image size that is larger, but not by so much")
     while high - low > 1e-6:
         q = (low + high) / 2
@@ -432,25 +395,26 @@ def resize_bias_table(table, grid):
     side = np.cumsum(q ** powers)                                            # (g-1,)
     knots = np.concatenate([-side[::-1], [0], side])                         # (2g-1,)
     # A cubic spline through the old rows is read at every new offset, along y and along x.
-    spline = torch.from_numpy(spline_matrix(knots, np.arange(1.0 - grid, grid)))  # (2 grid - 1, 2g-1)
+    offsets = np.arange(1.0 - grid, grid)                                   # (2 grid - 1,)
+    spline = torch.from_numpy(spline_matrix(knots, offsets))                # (2 grid - 1, 2g-1)
     square = table[:-3].double().view(2 * old - 1, 2 * old - 1, -1)          # (2g-1, 2g-1, H)
     square = torch.einsum("ia,jb,abh->ijh", spline, spline, square)
-    return torch.cat([square.flatten(0, 1).to(table), table[-3:]])           # ((2 grid - 1)^2 + 3, H)
+    return torch.cat([square.flatten(0, 1).to(table), table[-3:]])        # ((2 grid - 1)^2 + 3, H)
 
 
 def spline_matrix(knots, at):
-    """The matrix (m, n) that turns values at `knots` (n,) into their cubic spline read at `at` (m,);
+    """The matrix (m, n) that turns values at `knots` (n,) into their cubic spline at `at` (m,),
     not-a-knot at both ends, as SciPy's RectBivariateSpline is along one axis."""
-    # Between two knots the spline is a cubic, known from its values and second derivatives at both. The
-    # second derivatives solve  left @ derivatives = right @ values.
+    # Between two knots the spline is a cubic, known from its values and second derivatives at both.
+    # The second derivatives solve  left @ derivatives = right @ values.
     n = len(knots)
     gaps = np.diff(knots)                                                    # (n-1,)
     left = np.zeros((n, n))
     right = np.zeros((n, n))
-    for i in range(1, n - 1):                        # both cubics have one slope at an inner knot
+    for i in range(1, n - 1):                    # both cubics have one slope at an inner knot
         left[i, i - 1:i + 2] = gaps[i - 1] / 6, (gaps[i - 1] + gaps[i]) / 3, gaps[i] / 6
         right[i, i - 1:i + 2] = 1 / gaps[i - 1], -1 / gaps[i - 1] - 1 / gaps[i], 1 / gaps[i]
-    for row, i in ((0, 0), (-1, n - 3)):             # no jump of the third derivative next to the ends
+    for row, i in ((0, 0), (-1, n - 3)):         # no jump of the third derivative near the ends
         left[row, i:i + 3] = -1 / gaps[i], 1 / gaps[i] + 1 / gaps[i + 1], -1 / gaps[i + 1]
     values = np.eye(n)
     derivatives = np.linalg.solve(left, right)                               # (n, n)
@@ -469,7 +433,7 @@ def spline_matrix(knots, at):
 # --------------------------------------------------------------------------------------------------
 
 def adapt_to_model(source, model, allow=()):
-    """A source's tensors in the shapes of a model ("meta" will do) -> (weights, {missing name: why}).
+    """The tensors in the shapes of a model ("meta" is fine) -> (weights, {missing name: why}).
     ValueError for tensors that are neither explained nor named by a pattern of `allow`."""
     own = model.state_dict()
     weights = dict(source.weights)
@@ -479,7 +443,9 @@ def adapt_to_model(source, model, allow=()):
         theirs = tuple(weights[name].shape)
         if theirs != own[name].shape:
             raise ValueError(f"{source.title} does not fit this model: {name} is {theirs} there, "
-                             f"{tuple(own[name].shape)} here; repeat its model settings")
+                             f"{tuple(own[name].shape)} here")
+    # Tensors of ours that no file has: expected (source.new), allowed, of a part that no file holds at
+    # all, or lost.
     allowed = dict.fromkeys(allow, "named by --allow_missing")
     held = set(map(part, source.weights)) | set(source.parts)
     missing = {}
@@ -488,26 +454,27 @@ def adapt_to_model(source, model, allow=()):
             other = "" if part(name) in held else "no source holds this part"
             missing[name] = first_match(source.new | allowed, name) or other
     lost = [name for name, why in missing.items() if not why]
+    # Tensors of a file that have no name here, or a name that this model does not have.
     unknown = []
     for note in source.notes:
         known = note.unused or note.ours and own.keys() >= set(note.ours)
         if not known and not first_match(allowed, note.name):
             unknown.append(note.name)
     if unknown or lost:
-        raise ValueError(f"{source.title}: {len(unknown)} tensors are unknown, {len(lost)} are missing, "
-                         f"among them {', '.join(unknown[:3] + lost[:3])}; repeat its model settings, or "
-                         f"go on without: weights.py import --allow_missing NAME")
+        some = ", ".join(unknown[:3] + lost[:3])
+        raise ValueError(f"{source.title}: {len(unknown)} tensors are unknown, {len(lost)} are "
+                         f"missing, among them {some} (weights.py import has --allow_missing NAME)")
     return {name: tensor for name, tensor in weights.items() if name in own}, missing
 
 
 def fill_in_decoder(weights, source, config):
-    """A tied decoder is the word embedding. An untied model begins with it if the source was tied."""
+    """A tied decoder is the word embedding. An untied model begins with it after a tied source."""
     words = weights.get("text.token_embedding.weight")
     if words is None or not (config.tied or source.fields.get("tied")):
         return
     if config.tied and "mlm_head.weight" in weights:
-        raise ValueError(f"{source.title}: its masked LM's decoder is not its word embedding, and a "
-                         f"tied model has no place for it: leave --tied out")
+        raise ValueError(f"{source.title}: its masked LM has a decoder that is not its word "
+                         f"embedding, so leave --tied out")
     weights.setdefault("mlm_head.weight", words)
 
 
@@ -521,8 +488,9 @@ def resize_tables(weights, grid):
 
 
 def report(source, weights, missing, made):
-    """The key report: what became of every tensor; one line for those that differ only in their layer.
-    weights: the tensors that are used; made: {missing name: its new tensor}."""
+    """The key report: what became of every tensor, in one line for those that differ in the layer
+    only. weights: what is used; made: {missing name: its new tensor}."""
+    # Three kinds of lines: used as, unused because, missing and therefore new.
     lines = []
     for note in source.notes:
         if note.ours and not note.unused and weights.keys() >= set(note.ours):
@@ -534,9 +502,11 @@ def report(source, weights, missing, made):
         values = made[name].flatten()
         how = f"all {values[0]:.3g}" if (values == values[0]).all() else "random"
         lines.append(f"missing {name} -> {how}: {why}")
+    # "layers.0.norm1.bias" and "layers.1.norm1.bias" become "   2 layers.*.norm1.bias".
     counts = collections.Counter(re.sub(r"\.\d+\.", ".*.", line) for line in lines)
     lines = [f"{count:4} {line}" for line, count in counts.items()]
-    return lines + [f"{source.title}: {len(source.notes)} tensors, {used} used; {len(missing)} missing"]
+    total = len(source.notes)
+    return lines + [f"{source.title}: {total} tensors, {used} used; {len(missing)} missing"]
 
 
 def text_encoder(weights, config):
@@ -564,8 +534,3 @@ def text_encoder(weights, config):
         "attention_probs_dropout_prob": 0.0,
         "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     return settings, tensors
-
-
-if __name__ == "__main__":
-    for layout in TEXTS + IMAGES:
-        print(f"{layout.title:15}{', '.join(layout.parts)}")

@@ -71,13 +71,13 @@ def test_cclm_3m_needs_another_vision_encoder(tmp_path, capsys):
 
 
 def test_where_cclm_began(tmp_path):
-    """CCLM-X2VLM: from the English X2VLM everything but words, which are XLM-R's; the new decoder is random. CCLM-3M/4M:
+    """CCLM-X2VLM: XLM-R, then from the English X2VLM everything but words; the new decoder is random. CCLM-3M/4M:
     XLM-R's layers 1, 3, 5 ... as one stack without cross-attention."""
     head, text, english = xlmr(layers=8), xlmr(layers=4), single_stack(beit("", 64, 1, 1), 30, kinds=2)
     torch.save(english, tmp_path / "x2vlm.th")
     torch.save(text | {"lm_head.bias": torch.randn(100), "lm_head.dense.weight": torch.randn(64, 64)},
                tmp_path / "xlmr.bin")
-    state, report = weights.import_sources([tmp_path / "x2vlm.th", tmp_path / "xlmr.bin"])
+    state, report = weights.import_sources([tmp_path / "xlmr.bin", tmp_path / "x2vlm.th"])
     w, c = state["model"], state["config"]["model"]
     assert torch.equal(w["text.layers.3.mlp.up.weight"], text["roberta.encoder.layer.3.intermediate.dense.weight"])
     cross = english["text_encoder.bert.encoder.layer.2.crossattention.self.key.weight"]

@@ -36,42 +36,37 @@ def test_a_decoder_of_its_own_is_never_overwritten(tmp_path):
     state, _ = weights.import_sources([tmp_path / "a.bin"])
     assert torch.equal(state["model"]["mlm_head.weight"], text["lm_head.decoder.weight"])
     model = small(**source.fields | {"tied": True})
-    with pytest.raises(ValueError, match="decoder is not its word embedding"):
+    with pytest.raises(ValueError, match="a decoder that is not its word embedding"):
         layouts.adapt_to_model(source, model)
     same = layouts.translate(text | {"lm_head.decoder.weight": text[WORDS]})
     assert same.fields["tied"] and torch.equal(layouts.adapt_to_model(same, model)[0]["mlm_head.weight"], text[WORDS])
 
 
-def test_a_later_model_brings_its_masked_lm_head():
-    """XLM-R and CCLM-X2VLM, whichever comes first: the authors' head, untied; only XLM-R leaves an earlier one
-    alone."""
+def test_a_later_source_brings_its_masked_lm_head():
+    """XLM-R and CCLM-X2VLM: the authors' head is untied, XLM-R's is tied. Without a head of its own, XLM-R leaves the
+    earlier one, and its decoder."""
     text = xlmr(64, 1)
-    text = layouts.translate(text | lm_head() | {"lm_head.decoder.weight": text[WORDS]})
+    bare, text = layouts.translate(text), layouts.translate(text | lm_head() | {"lm_head.decoder.weight": text[WORDS]})
     authors = layouts.translate({k: t for k, t in random(x2vlm(64, 1, 100)).items() if "decoder.bias" not in k})
-    for both in (layouts.merge(text, authors), layouts.merge(authors, text)):
+    for first, last, tied in ((text, authors, False), (authors, bare, False), (authors, text, True)):
+        both = layouts.merge(first, last)
         head = {name: t for name, t in both.weights.items() if name.startswith("mlm_head")}
-        assert all(torch.equal(t, authors.weights[name]) for name, t in head.items()) and len(head) == 6
-        assert both.fields["tied"] is False
-        said = {ours[0]: reason for name, ours, reason in both.notes if name.startswith("lm_head")}
-        assert said.pop("mlm_head.weight") == "the same numbers as text.token_embedding.weight"      # XLM-R is tied
-        assert set(said.values()) == {"another source holds it"} and len(said) == 5
+        source = text if tied else authors
+        assert all(torch.equal(t, source.weights[name]) for name, t in head.items()) and len(head) == 6 - tied
+        assert both.fields["tied"] is tied
+    said = {ours[0]: reason for name, ours, reason in layouts.merge(text, authors).notes if name.startswith("lm_head")}
+    assert said.pop("mlm_head.weight") == "the same numbers as text.token_embedding.weight"
+    assert set(said.values()) == {"another source holds it"} and len(said) == 5
 
 
-def test_a_head_that_stays_loses_what_it_holds_for_each_word_of_another_vocabulary(tmp_path):
-    """A checkpoint of ours and XLM-R, with a head of its own or without: the checkpoint's head stays. Its decoder is tied
-    to the words that came; its number for each word is new if there are other words."""
-    for vocabulary in (300, 100):                                            # XLM-R here has 100 words
-        path, model = own(tmp_path, vocabulary=vocabulary)
-        for head in ({}, lm_head()):
-            text = xlmr(64, 1) | {name: t for name, t in head.items() if "decoder" not in name}
-            torch.save(text, tmp_path / "xlmr.bin")
-            state, report = weights.import_sources([path, tmp_path / "xlmr.bin"])
-            w = state["model"]
-            assert torch.equal(w["mlm_head.weight"], text[WORDS])
-            assert torch.equal(w["mlm_head.dense.weight"], model.mlm_head.dense.weight)
-            assert w["mlm_head.bias"].shape == (100,)
-            explained = any("mlm_head.bias -> unused: for 300 other words" in line for line in report)
-            assert explained == (vocabulary == 300)
+def test_a_tied_head_that_stays_is_tied_to_the_words_that_come(tmp_path):
+    path, model = own(tmp_path, vocabulary=100)
+    text = xlmr(64, 1)
+    torch.save(text, tmp_path / "xlmr.bin")
+    state, _ = weights.import_sources([path, tmp_path / "xlmr.bin"])
+    assert torch.equal(state["model"]["mlm_head.dense.weight"], model.mlm_head.dense.weight)
+    assert torch.equal(state["model"]["mlm_head.bias"], model.mlm_head.bias)
+    assert torch.equal(state["model"]["mlm_head.weight"], text[WORDS])
 
 
 def test_a_merge_says_what_was_used_and_whose_tokenizer_it_has():

@@ -106,12 +106,12 @@ CASES = [
                       *({"a": {"dtype": "F32", "shape": [9], "data_offsets": place}}
                         for place in ([0, 36], [0, 0], [-44, -8])))),
     ("no file", {}, IMPORT, ["a.pth: no such"]),
-    ("a folder without weights", {"a/b.txt": b""}, "weights import a --out new.pt", ["a should", "pytorch_model.bin"]),
-    ("a folder with two", {"a/b.th": BEIT, "a/c.pth": BEIT}, "weights import a --out new.pt", ["b.th, c.pth: name one"]),
+    ("a folder without weights", {"a/b.txt": b""}, "weights import a --out new.pt", ["a should", "holds none of .th .pth .bin"]),
+    ("a folder with two", {"a/b.th": BEIT, "a/c.pth": BEIT}, "weights import a --out new.pt", ["a should hold one", "b.th, c.pth: name a file"]),
     ("no tokenizer beside", {"a.pth": XLMR, "sentencepiece.bpe.model": b"no model"}, IMPORT,
-     ["sentencepiece.bpe.model: this is not"]),
+     ["XLM-R: its sentencepiece.bpe.model: this is not"]),
     ("another tokenizer", {"a.pth": XLMR, "sentencepiece.bpe.model": lambda tokenizer: tokenizer.model}, IMPORT,
-     ["XLM-R: the tokenizer beside it has", "its table 100 rows"]),
+     ["XLM-R: its sentencepiece.bpe.model has", "its word embedding 100 rows"]),
     # tensors that are no model
     ("Swin alone", {"a.pth": SWIN}, IMPORT, ["Swin: no encoder"]),
     ("one tensor", {"a.pth": {"class_embedding": torch.zeros(64)}}, IMPORT, ["CLIP: no encoder"]),
@@ -127,9 +127,11 @@ CASES = [
       for name, tensors, size in (("blocks.99999999.norm1.bias", BEIT, 64),
                                   ("vision_model.encoder.layers.2.mlp.fc1.bias", CLIP, 256))),
     ("two decoders", {"a.pth": single_stack(SWIN, 50, kinds=1) | {
-        "text_encoder.cls.predictions.decoder.bias": torch.ones(50)}}, IMPORT, ["with different numbers"]),
+        "text_encoder.cls.predictions.decoder.bias": torch.ones(50)}}, IMPORT, ["with different numbers is mlm_head.bias"]),
     ("two widths", {"a.pth": BEIT, "b.pth": xlmr(128, 1)}, "weights import a.pth b.pth --out new.pt",
      ["BEiT-2 has width 64, XLM-R 128: one fusion encoder reads both"]),
+    ("a head for other words", {"a.pt": own(), "b.pth": xlmr(32, 1)}, "weights import a.pt b.pth --out new.pt",
+     ["a.pt + XLM-R does not fit this model: mlm_head.bias is"]),
     # settings beside the weights
     ("CLIP with another activation", {"a.pth": CLIP, "config.json": b'{"model_type": "clip", "hidden_act": "gelu"}'},
      IMPORT, ["config.json: hidden_act is 'gelu'"]),
@@ -167,8 +169,8 @@ CASES = [
       for change in ({"patch_size": 0}, {"vision_heads": 0}, {"width": -128}, {"width": True}, {"image_size": 2 ** 24})),
     ("an export with another number of layers", {"a/config.json": exported(text_layers=3)}, "weights import a --out new.pt",
      ["are missing, among them text.layers.1."]),
-    ("a second fusion encoder", {"a.pt": own(more={"text_fusion": {"a": torch.zeros(1)}})}, "weights export a.pt b",
-     ["a.pt has a second fusion encoder"]),
+    ("a second fusion encoder", {"a.pt": own(model={"shared_fusion": False})}, "weights export a.pt b",
+     ["a.pt was trained with --no-shared_fusion"]),
     # where a run begins
     ("a published file", {"a.pth": {"model": XLMR, "config": {}}}, TRAIN + "--init a.pth",
      ["a.pth is not a checkpoint", "python weights.py import a.pth --out CKPT"]),
