@@ -684,15 +684,15 @@ def finish(run):
     args = run.args
     if run.step < args.steps or world()[0] > 0:
         return
-    if not is_demo(args):
+    if not is_demo(args) or not args.eval:
         say(f"step {run.step} of {args.steps} is done, {run.path} and log.csv are written; to "
             f"measure recall: python evaluate.py retrieval --ckpt {run.path} --data FILE")
-    elif args.eval:
-        say("evaluating on the test sets ...")
-        report = json.dumps(run.objective.report(), indent=1)
-        pathlib.Path(args.out, "results.json").write_text(report, encoding="utf-8")
-        say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: "
-            f'python search.py --ckpt {args.out}/ckpt.pt --images DIR "a dog"')
+        return
+    say("evaluating on the test sets ...")
+    report = json.dumps(run.objective.report(), indent=1)
+    pathlib.Path(args.out, "results.json").write_text(report, encoding="utf-8")
+    say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: "
+        f'python search.py --ckpt {args.out}/ckpt.pt --images DIR "a dog"')
 
 
 # What torch says when another process or a worker has died: it has no exception for that.

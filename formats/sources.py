@@ -219,6 +219,7 @@ class ImageFiles(Files):
         with reading(reader, i):
             picture, captions = reader.record(i)
             with images.undecoded(picture) as image:
+                image.load()
                 captions = {language: captions[language] for language in self.usable(captions)}
                 return {"image": images.rgb(image), "captions": captions}
 
