@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import amd, interpreting
+import kernels
 from kernels.triton_common import (LOG2_E, computing_types, load_rows, narrow, power_of_two,
                                    store_rows)
 
@@ -108,9 +108,9 @@ def gradient_kernel(x, y, temperature, x_ids, y_ids, x_lse, y_lse, x_gradient, y
 
 def tile_sizes(kernel: str, dtype) -> dict:
     """None spills a register on sm_80 or sm_90: `python -m kernels.bench` compiles them all."""
-    if interpreting():
+    if kernels.interpreting():
         return {"ROWS": 128, "COLUMNS": 128}                             # fewest NumPy calls
-    if amd():
+    if kernels.amd():
         rows = 16 if dtype == torch.float32 else 64
         return {"ROWS": rows, "COLUMNS": 32, "num_warps": 4, "num_stages": 2}
     if dtype == torch.float32:
