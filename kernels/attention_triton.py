@@ -226,7 +226,7 @@ def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias,
     i = tl.program_id(0) * c.QUERIES + tl.arange(0, c.QUERIES)
     j = tl.program_id(1) * c.KEYS + tl.arange(0, c.KEYS)
     where = h * bias_row * bias_row + i[:, None] * bias_row + j[None, :]
-    b = LOG2_E * tl.load(bias + where).to(c.SUM)                             # once for all sequences
+    b = LOG2_E * tl.load(bias + where).to(c.SUM)                             # of all sequences
     total = tl.zeros([c.QUERIES, c.KEYS], c.SUM)
     for sequence in range(B):
         first = tl.load(q_starts + sequence)
@@ -253,14 +253,30 @@ def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias,
 # `python -m kernels.bench` compiles every entry. Sentences are short: a block of 128 queries,
 # faster on long sequences, would be nine tenths empty here.
 TILES = {
-    (True, False): {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2),
-                    "dkv": (32, 64, 4, 2), "dbias": (64, 64, 4, 2)},
-    (True, True): {"forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2),
-                   "dkv": (16, 64, 4, 2), "dbias": (64, 32, 4, 2)},
-    (False, False): {"forward": (16, 32, 4, 2), "dq": (16, 32, 4, 2),
-                     "dkv": (16, 32, 4, 2), "dbias": (16, 32, 4, 2)},
-    (False, True): {"forward": (16, 16, 4, 1), "dq": (16, 32, 4, 2),
-                    "dkv": (16, 16, 4, 2), "dbias": (16, 32, 8, 1)},
+    (True, False): {
+        "forward": (64, 64, 4, 2),
+        "dq": (64, 64, 4, 2),
+        "dkv": (32, 64, 4, 2),
+        "dbias": (64, 64, 4, 2),
+    },
+    (True, True): {
+        "forward": (64, 32, 4, 2),
+        "dq": (64, 32, 4, 2),
+        "dkv": (16, 64, 4, 2),
+        "dbias": (64, 32, 4, 2),
+    },
+    (False, False): {
+        "forward": (16, 32, 4, 2),
+        "dq": (16, 32, 4, 2),
+        "dkv": (16, 32, 4, 2),
+        "dbias": (16, 32, 4, 2),
+    },
+    (False, True): {
+        "forward": (16, 16, 4, 1),
+        "dq": (16, 32, 4, 2),
+        "dkv": (16, 16, 4, 2),
+        "dbias": (16, 32, 8, 1),
+    },
 }
 BIAS_MULTIPLE = 128                 # a bias is padded to a multiple of every tile
 

@@ -51,8 +51,10 @@ def tile(xs, ys, x_ids, y_ids, i, j, B, N, shift, scale, c: tl.constexpr):
     s = dot(xs, ys.T, None, c) * scale
     x_id = tl.load(x_ids + i, mask=i < B, other=0)
     y_id = tl.load(y_ids + j, mask=j < N, other=0)
-    kept = (x_id[:, None] != y_id[None, :]) | (i[:, None] + shift == j[None, :])
-    return tl.where(kept & (i < B)[:, None] & (j < N)[None, :], s, float("-inf"))
+    partners = i[:, None] + shift == j[None, :]
+    kept = partners | (x_id[:, None] != y_id[None, :])
+    inside = (i < B)[:, None] & (j < N)[None, :]
+    return tl.where(kept & inside, s, float("-inf"))
 
 
 @triton.jit
@@ -66,14 +68,16 @@ def statistics_kernel(x, y, temperature, x_ids, y_ids, row_part, column_part, fi
     xs = load_rows(x, i, i < B, x_stride, c.E, c.WIDTH, c.PRODUCT)
     top = tl.full([c.ROWS], float("-inf"), c.SUM)
     total = tl.zeros([c.ROWS], c.SUM)
-    for start in range(split * per_split, min(split * per_split + per_split, N), c.COLUMNS):
+    end = min(split * per_split + per_split, N)
+    for start in range(split * per_split, end, c.COLUMNS):
         j = start + tl.arange(0, c.COLUMNS)
         ys = load_rows(y, j, j < N, y_stride, c.E, c.WIDTH, c.PRODUCT)
         s = tile(xs, ys, x_ids, y_ids, i, j, B, N, shift, scale, c)
         # Rows: a running maximum and sum. A row that is all -inf so far must not give -inf - -inf.
         new_top = tl.maximum(top, tl.max(s, 1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(s - finite[:, None]), 1)
+        here = tl.sum(tl.exp2(s - finite[:, None]), 1)
+        total = total * tl.exp2(top - finite) + here
         top = new_top
         # Columns: complete for these ROWS rows.
         column_top = tl.max(s, 0)
@@ -97,7 +101,8 @@ def gradient_kernel(x, y, temperature, x_ids, y_ids, x_lse, y_lse, x_gradient, y
     lse_i = tl.load(x_lse + i, mask=i < B, other=float("inf"))
     g_i = tl.load(x_gradient + i, mask=i < B, other=0.0)
     dx = tl.zeros([c.ROWS, c.WIDTH], c.SUM)
-    for start in range(split * per_split, min(split * per_split + per_split, N), c.COLUMNS):
+    end = min(split * per_split + per_split, N)
+    for start in range(split * per_split, end, c.COLUMNS):
         j = start + tl.arange(0, c.COLUMNS)
         ys = load_rows(y, j, j < N, y_stride, c.E, c.WIDTH, c.PRODUCT)
         s = tile(xs, ys, x_ids, y_ids, i, j, B, N, shift, scale, c)

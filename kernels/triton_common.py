@@ -1,5 +1,5 @@
-"""What attention_triton.py and contrastive_triton.py share: the types that a kernel computes in, and
-how it loads rows, multiplies and rounds.
+"""What attention_triton.py and contrastive_triton.py share: the types that a kernel computes in,
+and how it loads rows, multiplies and rounds.
 
 A kernel's constants travel as one NamedTuple `c`, a tl.constexpr: triton compiles a kernel for each
 value of it. The device functions here read the fields of c that computing_types fills.
