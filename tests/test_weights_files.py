@@ -2,6 +2,8 @@
 import argparse
 import json
 import os
+import pathlib
+import shlex
 from dataclasses import asdict
 
 import pytest
@@ -159,3 +161,11 @@ def test_a_model_without_a_tokenizer_can_be_exported_and_imported_again(encoders
     assert weights.main(["import", str(encoders / "beit2.pth"), "--out", ckpt, "--image_size", "240"]) == 0
     assert "tokenizer: not found" in capsys.readouterr().out
     assert weights.main(["export", ckpt, folder]) == 0 and weights.main(["import", folder, "--out", ckpt]) == 0
+
+
+def test_the_commands_of_docs_weights_are_commands():
+    text = (pathlib.Path(weights.__file__).parent / "docs" / "weights.md").read_text()
+    found = [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("python ")]
+    for program, *words in found:
+        {"weights.py": weights.arguments, "train.py": train.settings}[program](words)
+    assert len(found) == 6
