@@ -1,21 +1,24 @@
-"""From records to batches: tokenizer, masking, the two streams, the order of examples.
+"""From records to batches: tokenizer, masking, the order of examples, the two streams.
 
-    image-text   {"images" (B, 3, pixels, pixels) uint8, "b": Sentences, "masked": Masked, "ids" (B,)}
-    parallel     {"a": Sentences, "b": Sentences, "masked": Masked, "ids" (B,)}
+    image-text       {"images" (B, 3, s, s) uint8, "b": Sentences, "masked": Masked, "ids" (B,)}
+    parallel text    {"a": Sentences, "b": Sentences, "masked": Masked, "ids" (B,)}
 
-Sentences are packed: token_ids (T,) and starts (B+1,). Masked is b with some tokens masked: token_ids (T,), the masked positions rows (M,)
-in order, and what stood there (M,). Everything random about an example - language, role, masking, augmentation - is
-drawn from a generator seeded by (seed, stream, epoch, index), and example i of step s is a function of the position
-s * N + i alone. So the data are the same at any number of processes and of workers, and after a resume; there is no
-iterator state to save.
+Sentences are packed: token_ids (T,) and starts (B+1,); sentence i is token_ids[starts[i]:starts[i+1]].
+Masked is b with some tokens masked: token_ids (T,), the masked positions (M,) and their labels (M,).
 
-Letters: B sequences per process, W processes, N = W*B, T tokens in the packed batch, M masked tokens, V vocabulary.
+Example i of process r in step s has the position s * N + r * B + i in an endless sequence, and
+everything about it (record, language, role, augmentation, masking) is a function of the seed and of
+this position. So the data are the same at any number of processes and workers and after a resume:
+there is no state to save.
+
+Letters: B examples per process, W processes, N = W*B, T tokens, M masked tokens, s pixels a side.
 
     python data.py                   one example of each stream of the demo, in words
-    python data.py PATH ...          the data doctor: what these files hold and what is wrong (formats/doctor.py)
+    python data.py PATH ...          the data doctor: what these files hold and what is wrong
     python data.py tokenizer ...     makes a tokenizer from texts
 """
 import argparse
+import bisect
 import functools
 import io
 import pathlib
@@ -30,32 +33,23 @@ from demo import emoji
 from formats import doctor
 from formats.images import eval_transform
 from formats.records import TOLERATED, BadRecord, reason
-from formats.sources import Images, Pairs
+from formats.sources import ImageFiles, PairFiles, parse_all
 
-BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3                                          # XLM-R's layout (F3.5)
-LONGEST = 64                                                                 # tokens of a sentence, with <s> and </s>
-
-
-class Arguments(argparse.ArgumentParser):
-    """argparse for every command here: a mistake is one line and status 2, no flag is guessed from its beginning."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists what there is)\n")
+BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3             # XLM-R's ids; docs/paper.md, "Text encoder"
 
 
 def fail(error):
-    """Says in one line what was wrong -> exit status 2. A worker's error brings its traceback: the last line of it."""
+    """Prints in one line what was wrong -> exit status 2."""
     text = str(error).strip()
-    print("error:", *(text.splitlines()[-1] if "\nOriginal Traceback" in text else text).split(), file=sys.stderr)
+    if "\nOriginal Traceback" in text:          # the error of a DataLoader worker: its last line
+        text = text.splitlines()[-1]
+    print("error:", *text.split(), file=sys.stderr)
     return 2
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Tokenizer:
     """sentencepiece with XLM-R's ids: <s> 0, <pad> 1, </s> 2, <unk> 3, piece p -> p + 1, <mask> last."""
@@ -63,319 +57,480 @@ class Tokenizer:
     def __init__(self, model):
         """model: the bytes of a sentencepiece model (XLM-R's own sentencepiece.bpe.model works)."""
         if not model:
-            raise ValueError("no tokenizer: its sentencepiece.bpe.model must lie beside the weights when they are "
-                             "imported")
+            raise ValueError("no tokenizer: its sentencepiece.bpe.model must lie beside the weights "
+                             "when they are imported")
         self.model = model
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"this is not a sentencepiece model ({error})") from None
-        self.size = len(self.processor) + 2                                     # V
+        self.size = len(self.processor) + 2     # V: sentencepiece has no <pad> and no <mask>
         self.mask = self.size - 1
 
-    def encode(self, text, longest=LONGEST):
+    def encode(self, text, longest=None):
         """-> ids with <s> and </s>, cut to `longest` (None: not at all)."""
-        ids = [BOS] + [p + 1 if p else UNKNOWN for p in self.processor.encode(text)]
-        return ids[:longest and longest - 1] + [EOS]
+        pieces = self.processor.encode(text)
+        ids = [BOS] + [p + 1 if p else UNKNOWN for p in pieces] + [EOS]
+        return cut(ids, longest) if longest else ids
 
     def pieces(self, ids):
         """The pieces of some ids, for people to read."""
         special = {BOS: "<s>", PAD: "<pad>", EOS: "</s>", UNKNOWN: "<unk>", self.mask: "<mask>"}
-        return [special.get(i) or self.processor.id_to_piece(i - 1) for i in map(int, ids)]
+        return [special[i] if i in special else self.processor.id_to_piece(i - 1)
+                for i in map(int, ids)]
+
+
+def cut(ids, longest):
+    """At most `longest` ids, the last one still </s>."""
+    return ids if len(ids) <= longest else ids[:longest - 1] + [EOS]
 
 
 def train_tokenizer(texts, vocabulary):
     """A unigram model with byte fallback over an iterable of sentences -> Tokenizer."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocabulary, model_type="unigram",
-        byte_fallback=True, character_coverage=0.9999, num_threads=1, minloglevel=2, hard_vocab_limit=False)
+        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocabulary,
+        model_type="unigram", byte_fallback=True, character_coverage=0.9999, num_threads=1,
+        minloglevel=2, hard_vocab_limit=False)
     return Tokenizer(out.getvalue())
+
+
+def demo_texts():
+    """Names and keywords of the training concepts in the 21 training languages."""
+    for concept in emoji.concepts().values():
+        if concept["split"] == "train":
+            for language in emoji.languages("seen") + emoji.languages("text_only"):
+                yield concept["name"][language]
+                yield from concept["kw"].get(language, [])
 
 
 @functools.cache
 def demo_tokenizer(vocabulary=8000):
-    """Trained on what the demo trains on: names and keywords of training concepts in the 21 training languages."""
-    trained = emoji.languages("seen") + emoji.languages("text_only")
-    rows = [c for c in emoji.concepts().values() if c["split"] == "train"]
-    return train_tokenizer((text for c in rows for k in trained for text in [c["name"][k], *c["kw"].get(k, [])]),
-                           vocabulary)
+    return train_tokenizer(demo_texts(), vocabulary)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Masking
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def mask_tokens(ids, rng, tokenizer, probability=0.4, most=20):
-    """ids (list) -> (masked ids, masked positions in order). F3.6 with one repair: <s>, </s> and other specials are
-    never masked nor drawn as replacements (the official code may mask </s>).
+    """ids (a list) -> (masked ids, masked positions in ascending order).
 
-    min(most, max(1, round(n * probability))) positions in spans of one, or with probability 0.2 of two or three; each
-    becomes <mask> (80 %), a random word (10 %) or stays (10 %)."""
-    candidates = [i for i, word in enumerate(ids) if word > UNKNOWN]
+    The paper's: min(most, max(1, round(n * probability))) positions in spans of one, or with
+    probability 0.2 of two or three tokens. Each becomes <mask> (80 %), a random token (10 %) or
+    stays (10 %). We differ in one point: <s> and </s> are never masked (docs/paper.md)."""
+    candidates = [i for i, token in enumerate(ids) if token > UNKNOWN]
     count = min(most, max(1, round(len(ids) * probability)), len(candidates))
-    masked_positions, allowed = set(), set(candidates)
-    for i in rng.permutation(candidates):
-        if len(masked_positions) >= count:
+
+    # Spans begin at candidates in random order, until enough positions are chosen.
+    allowed = set(candidates)
+    chosen = set()
+    for start in rng.permutation(candidates):
+        if len(chosen) >= count:
             break
-        span = int(rng.integers(2, 4)) if rng.random() < 0.2 else 1
-        masked_positions.update(allowed.intersection(range(int(i), int(i) + span)))
-    masked_positions = sorted(rng.permutation(sorted(masked_positions))[:count].tolist())
+        length = int(rng.integers(2, 4)) if rng.random() < 0.2 else 1
+        chosen.update(allowed.intersection(range(int(start), int(start) + length)))
+
+    # The last span may have chosen one or two too many: some are left out at random.
+    positions = sorted(rng.permutation(sorted(chosen))[:count].tolist())
+
     masked = list(ids)
-    for i in masked_positions:
-        dice = rng.random()
-        masked[i] = (tokenizer.mask if dice < 0.8 else
-                     int(rng.integers(UNKNOWN + 1, tokenizer.mask)) if dice < 0.9 else ids[i])
-    return masked, masked_positions
+    for i in positions:
+        draw = rng.random()
+        if draw < 0.8:
+            masked[i] = tokenizer.mask
+        elif draw < 0.9:
+            masked[i] = int(rng.integers(UNKNOWN + 1, tokenizer.mask))
+    return masked, positions
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Order
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+GOLDEN = 0x9E3779B1                             # a prime near 2^32 / golden ratio (Knuth's hash)
+MURMUR = 0x85EBCA6B                             # a multiplier of MurmurHash3's last step
+BITS_32 = 0xFFFFFFFF
+
 
 def generator(*key):
-    """A generator that belongs to (seed, stream, epoch, index) and to nobody else."""
+    """The random generator of (seed, stream, epoch, index): the same numbers whoever asks."""
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
 
 
+def scramble(number):
+    """A hash of a number to 32 bits: every bit of the input changes about half of the output's."""
+    number = (number * GOLDEN) & BITS_32
+    number ^= number >> 15
+    number = (number * MURMUR) & BITS_32
+    return number ^ (number >> 13)
+
+
 def shuffled(index, n, *key):
-    """Where position `index` of 0..n-1 goes in the permutation that belongs to `key`, in O(1) memory: four Feistel
-    rounds over the next power of four, walked until the result is inside."""
+    """Where `index` of 0..n-1 goes in the permutation of 0..n-1 that belongs to `key`.
+
+    A list of n shuffled numbers would cost memory and time in every worker; this costs neither. It
+    is a Feistel network (Luby and Rackoff 1988, "How to construct pseudorandom permutations from
+    pseudorandom functions") with cycle-walking (Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains")."""
+    # The network permutes numbers of 2 * half bits: the fewest that hold n - 1.
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    keys = np.random.SeedSequence(key).generate_state(4).tolist()
+    low_bits = (1 << half) - 1
+    round_keys = np.random.SeedSequence(key).generate_state(4).tolist()
     while True:
-        left, right = index >> half, index & ((1 << half) - 1)
-        for k in keys:
-            mixed = (right + k) * 0x9E3779B1 & 0xFFFFFFFF
-            mixed = (mixed ^ mixed >> 15) * 0x85EBCA6B & 0xFFFFFFFF
-            left, right = right, left ^ (mixed ^ mixed >> 13) & ((1 << half) - 1)
-        index = left << half | right
+        # A number is two halves. One round: (left, right) -> (right, left xor f(right)). It can be
+        # undone whatever f is, as right is still there, so no two numbers become one. Four rounds:
+        # after one or two a half of the output still shows the input; four are what Luby and
+        # Rackoff need for a permutation that looks random in both directions.
+        left = index >> half
+        right = index & low_bits
+        for round_key in round_keys:
+            mixed = left ^ (scramble(right + round_key) & low_bits)
+            left = right
+            right = mixed
+        index = (left << half) | right
+
+        # There are up to 4 n numbers of 2 * half bits. One outside 0..n-1 is permuted again until
+        # it falls inside. This walks along a cycle of the permutation that began inside, so it
+        # ends, and two indices never end at one place.
         if index < n:
             return index
 
 
 def example_at(position, n, seed, stream):
-    """(epoch, index) of a position in the endless stream: every index once per epoch, an epoch's end cuts no batch."""
-    return position // n, shuffled(position % n, n, seed, stream, position // n)
+    """(epoch, index) of a position in the endless sequence over n records: every index once per
+    epoch, and a batch may hold the end of one epoch and the beginning of the next."""
+    epoch = position // n
+    return epoch, shuffled(position % n, n, seed, stream, epoch)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The two streams
-# ------------------------------------------------------------------------------------------------------------------
+class Mixture:
+    """Several datasets as one, each with its share of every batch and with its own epochs."""
+
+    def __init__(self, datasets, weights):
+        self.datasets = datasets
+        self.starts = np.cumsum([0] + [len(dataset) for dataset in datasets]).tolist()
+
+        # The order of the datasets repeats after about 1,000 positions. Dataset k has counts[k] of
+        # them: its slot i lies at (i + 1/2) / counts[k] of the cycle, so its slots are evenly
+        # spaced, and sorting all slots by their place gives the cycle.
+        total = sum(weights)
+        self.counts = [max(1, round(1000 * weight / total)) for weight in weights]
+        slots = [((i + 0.5) / count, k, i) for k, count in enumerate(self.counts)
+                 for i in range(count)]
+        self.cycle = [(k, i) for _, k, i in sorted(slots)]
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def __getitem__(self, key):
+        index, rng = key
+        k = bisect.bisect_right(self.starts, index) - 1
+        return self.datasets[k][index - self.starts[k], rng]
+
+    def locate(self, position):
+        """A position in the stream -> (position in the endless sequence of one dataset, index of
+        the first record of this dataset, how many records it has)."""
+        cycles, slot = divmod(position, len(self.cycle))
+        k, i = self.cycle[slot]
+        return cycles * self.counts[k] + i, self.starts[k], len(self.datasets[k])
+
+
+# --------------------------------------------------------------------------------------------------
+# The demo's two streams
+# --------------------------------------------------------------------------------------------------
 
 class DemoImages:
-    """Drawings of the demo with a caption each. Index i < concepts: that concept alone, so that an epoch names each
-    once (two drawings of one concept would be each other's wrong partners); else a fresh scene of two to four. `size`
-    pixels a side: 64 as drawn, more or less for a model that sees it otherwise."""
+    """Drawings of the demo with a caption each. Index i < concepts: that concept alone, so that an
+    epoch names each once (two drawings of one concept would be each other's hard negatives); else
+    a new scene of two to four. size: pixels a side; the drawings have 64."""
 
     def __init__(self, languages=None, scenes=0.25, keywords=0.1, size=emoji.SIZE):
         self.drawings = emoji.training_drawings()
-        self.ids = list(self.drawings)
+        self.concepts = list(self.drawings)
         self.languages = languages or emoji.languages("seen")
-        self.length, self.keywords, self.size = len(self.ids) + round(scenes * len(self.ids)), keywords, size
+        self.length = len(self.concepts) + round(scenes * len(self.concepts))
+        self.keywords = keywords
+        self.size = size
 
     def __len__(self):
         return self.length
 
     def choose(self, index, rng):
         """Concept numbers of example `index`."""
-        alone = index < len(self.ids)
-        return [index] if alone else rng.choice(len(self.ids), int(rng.integers(2, 5)), replace=False).tolist()
+        if index < len(self.concepts):
+            return [index]
+        count = int(rng.integers(2, 5))
+        return rng.choice(len(self.concepts), count, replace=False).tolist()
 
     def __getitem__(self, key):
         """(index, rng) -> image (3, size, size) uint8, caption, id."""
         index, rng = key
         chosen = self.choose(index, rng)
-        ids, language = [self.ids[i] for i in chosen], self.languages[rng.integers(len(self.languages))]
-        image = emoji.draw([self.drawings[i][rng.integers(len(self.drawings[i]))] for i in ids], rng)
-        text = (emoji.keywords(ids[0], language, rng) if len(ids) == 1 and rng.random() < self.keywords else
-                emoji.caption(ids, language))
+        names = [self.concepts[i] for i in chosen]
+        language = self.languages[rng.integers(len(self.languages))]
+        drawings = [self.drawings[name] for name in names]
+        image = emoji.draw([styles[rng.integers(len(styles))] for styles in drawings], rng)
+        if len(names) == 1 and rng.random() < self.keywords:
+            text = emoji.keywords(names[0], language, rng)
+        else:
+            text = emoji.caption(names, language)
         return eval_transform(image, self.size), text, concept_id(chosen)
 
 
 class DemoParallel(DemoImages):
-    """The same concepts and scenes in one language with images and one without, as English and another in the paper."""
+    """The same concepts and scenes, named in one language that has images and in one that has none,
+    as the paper pairs English with another language."""
 
     def __init__(self, languages=None, others=None, scenes=0.2):
         super().__init__(languages, scenes)
         self.others = others or emoji.languages("text_only")
 
     def __getitem__(self, key):
-        """(index, rng) -> sentence a, sentence b, id. Which is a and which is b is a toss (F2.3)."""
+        """(index, rng) -> sentence a, sentence b, id. Which is a and which is b is random."""
         index, rng = key
         chosen = self.choose(index, rng)
-        ids = [self.ids[i] for i in chosen]
-        said = [emoji.caption(ids, group[rng.integers(len(group))]) for group in (self.languages, self.others)]
-        a, b = (said[i] for i in rng.permutation(2))
-        return a, b, concept_id(chosen)
+        names = [self.concepts[i] for i in chosen]
+        pair = [emoji.caption(names, group[rng.integers(len(group))])
+                for group in (self.languages, self.others)]
+        a, b = rng.permutation(2)
+        return pair[a], pair[b], concept_id(chosen)
 
 
 def concept_id(chosen):
-    """One int64 for a list of concept numbers, equal for equal lists."""
-    return functools.reduce(lambda number, i: number * 1000 + i + 1, chosen, 0)
+    """One int64 for a list of at most four concept numbers under 999, equal for equal lists."""
+    number = 0
+    for i in chosen:
+        number = number * 1000 + i + 1
+    return number
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Sentences(NamedTuple):
-    token_ids: torch.Tensor             # (T,) int64
-    starts: torch.Tensor                # (B+1,) int32
+    token_ids: torch.Tensor                     # (T,) int64
+    starts: torch.Tensor                        # (B+1,) int32
 
 
 class Masked(NamedTuple):
-    token_ids: torch.Tensor             # (T,) int64, the starts are those of the unmasked sentences
-    positions: torch.Tensor             # (M,) int64, masked rows of the packed matrix, ascending
-    labels: torch.Tensor                # (M,) int64, the true ids of these tokens
+    token_ids: torch.Tensor                     # (T,) int64; starts as those of the whole sentences
+    positions: torch.Tensor                     # (M,) int64, masked rows of (T,), ascending
+    labels: torch.Tensor                        # (M,) int64, the true ids of these tokens
+
+
+class Stream(NamedTuple):
+    """One stream of training. dataset: anything with len() and [index, rng] -> (image uint8
+    (3, s, s) or sentence a, sentence b, int64 id); it may raise BadRecord."""
+    dataset: object
+    batch: int                                  # N: examples a step, of all processes together
+    longest: int = 64                           # tokens of a sentence with <s> and </s>
+    mask_probability: float = 0.4
+    most_masked: int = 20                       # tokens of a sentence
 
 
 def pack(sentences):
     """Lists of ids -> Sentences."""
-    starts = np.cumsum([0] + [len(s) for s in sentences])
-    return Sentences(torch.tensor([w for s in sentences for w in s]), torch.tensor(starts, dtype=torch.int32))
+    starts = np.cumsum([0] + [len(ids) for ids in sentences])
+    token_ids = [token for ids in sentences for token in ids]
+    return Sentences(torch.tensor(token_ids), torch.tensor(starts, dtype=torch.int32))
+
+
+def mask_sentences(sentences, rngs, tokenizer, stream):
+    """Lists of ids -> Masked."""
+    token_ids = []
+    positions = []
+    labels = []
+    for ids, rng in zip(sentences, rngs):
+        masked_ids, masked = mask_tokens(ids, rng, tokenizer, stream.mask_probability,
+                                         stream.most_masked)
+        positions += [len(token_ids) + i for i in masked]       # rows of the packed matrix
+        labels += [ids[i] for i in masked]
+        token_ids += masked_ids
+    return Masked(torch.tensor(token_ids, dtype=torch.int64),
+                  torch.tensor(positions, dtype=torch.int64),
+                  torch.tensor(labels, dtype=torch.int64))
 
 
 class Batches(torch.utils.data.Dataset):
-    """Item s is this process's part of step s: one image-text batch and one parallel batch (None without a stream)."""
+    """Item s is this process's part of step s: one batch of each stream."""
 
-    def __init__(self, tokenizer, images, parallel, batch, text_batch, seed, rank=0, world=1, longest=LONGEST,
-                 mask_probability=0.4):
-        self.tokenizer, self.images, self.parallel, self.seed, self.rank = tokenizer, images, parallel, seed, rank
-        self.sizes, self.world, self.longest, self.mask_probability = (
-            (batch, text_batch), world, longest, mask_probability)
-
-    def examples(self, step, stream, bad_records):
-        """Examples of this process: [record..., rng] by position p = step * N + rank * B + i. Sixteen at a time: what
-        their source leaves to finish (decoded images) is faster done together."""
-        source, N = (self.images, self.parallel)[stream], self.sizes[stream]
-        B, n = N // self.world, len(source)
-        locate = getattr(source, "locate", lambda position: (position, 0, n))
-        first = step * N + self.rank * B
-        for start in range(first, first + B, 16):
-            keys = [self.key(stream, *locate(p)) for p in range(start, min(start + 16, first + B))]
-            rngs = [generator(self.seed, *key) for key in keys]              # together: dearer between two images
-            some = [self.read_or_replace(source, key, rng, bad_records) for key, rng in zip(keys, rngs)]
-            yield from source.finish(some) if hasattr(source, "finish") else some
-
-    def key(self, stream, position, first, n):
-        """-> (stream, epoch, index) of a position in the stream of n records that begin at index `first`."""
-        epoch, index = example_at(position, n, self.seed, stream)
-        return stream, epoch, first + index
-
-    def read_or_replace(self, source, key, rng, bad_records):
-        """The record of key (stream, epoch, index), in place of a bad one the next good one: B never changes.
-        bad_records receives "" for a good one, the reason for a bad one."""
-        for index in range(key[2], key[2] + TOLERATED + 1):
-            try:
-                record = source[index % len(source), rng]
-                break
-            except BadRecord as error:
-                bad_records.append(str(error))
-                rng = generator(self.seed, *key)
-        else:
-            record = source.blank                                            # the run stops before it learns this
-        bad_records.append("")
-        return *record, rng
-
-    def mask(self, sentences, rngs):
-        """[ids] -> Masked."""
-        token_ids, positions, labels, start = [], [], [], 0
-        for ids, rng in zip(sentences, rngs):
-            masked_ids, masked = mask_tokens(ids, rng, self.tokenizer, self.mask_probability)
-            token_ids += masked_ids
-            positions += [start + i for i in masked]
-            labels += [ids[i] for i in masked]
-            start += len(ids)
-        return Masked(*(torch.tensor(x, dtype=torch.int64) for x in (token_ids, positions, labels)))
+    def __init__(self, tokenizer, image_stream, text_stream, seed, rank=0, world=1):
+        """image_stream, text_stream: a Stream or None."""
+        self.tokenizer = tokenizer
+        self.streams = [image_stream, text_stream]
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.last_good = [None, None]           # of each stream; see read_or_replace
 
     def __getitem__(self, step):
-        """-> [image-text batch or None, parallel batch or None, stats]: the stats are for the log, not for the model."""
-        batches = []
+        """-> [image-text batch or None, parallel batch or None, stats for the log]. stats: {"bad_records":
+        ["" for a good record, why for a bad one, in the order of reading], "cut": sentences cut}."""
         stats = {"bad_records": [], "cut": 0}
-        for stream in (0, 1):
-            if (self.images, self.parallel)[stream] is None:
-                batches.append(None)
-                continue
-            a, b, ids, rngs = zip(*self.examples(step, stream, stats["bad_records"]))
-            b = self.encode(b, stats)
-            first = {"images": torch.from_numpy(np.stack(a))} if stream == 0 else {"a": pack(self.encode(a, stats))}
-            batches.append(first | {"b": pack(b), "masked": self.mask(b, rngs), "ids": torch.tensor(ids)})
+        batches = [stream and self.batch(step, number, stats)
+                   for number, stream in enumerate(self.streams)]
         return [*batches, stats]
 
-    def encode(self, texts, stats):
-        ids = [self.tokenizer.encode(text, None) for text in texts]
-        stats["cut"] += sum(len(x) > self.longest for x in ids)
-        return [x if len(x) <= self.longest else x[:self.longest - 1] + [EOS] for x in ids]
+    def records(self):
+        """How many records each stream has."""
+        return [len(stream.dataset) if stream else 0 for stream in self.streams]
+
+    def batch(self, step, number, stats):
+        """This process's part of one stream in one step. number: 0 images, 1 parallel text."""
+        stream = self.streams[number]
+        B = stream.batch // self.world
+        first = step * stream.batch + self.rank * B
+        keys = [self.key(number, position) for position in range(first, first + B)]
+        examples = [self.read_or_replace(key, stats["bad_records"]) for key in keys]
+        a, b, ids, rngs = zip(*examples)
+        if number == 0:
+            view_a = {"images": torch.from_numpy(np.stack(a))}                  # (B, 3, s, s)
+        else:
+            view_a = {"a": pack(self.encode(a, stream.longest, stats))}
+        b = self.encode(b, stream.longest, stats)
+        return view_a | {"b": pack(b), "masked": mask_sentences(b, rngs, self.tokenizer, stream),
+                         "ids": torch.tensor(ids)}                              # (B,)
+
+    def key(self, number, position):
+        """-> (stream number, epoch, index) of the example at a position of a stream."""
+        dataset = self.streams[number].dataset
+        first, n = 0, len(dataset)
+        if isinstance(dataset, Mixture):
+            position, first, n = dataset.locate(position)
+        epoch, index = example_at(position, n, self.seed, number)
+        return number, epoch, first + index
+
+    def read_or_replace(self, key, bad_records):
+        """-> (a, b, id, the example's generator). A bad record is replaced by the next good one: B
+        never changes. After more bad ones in a row than stop a run (BadRecords), the last good one
+        is repeated: this batch is never trained on."""
+        number, _, index = key
+        dataset = self.streams[number].dataset
+        for i in range(index, index + TOLERATED + 1):
+            rng = generator(self.seed, *key)
+            try:
+                record = dataset[i % len(dataset), rng]
+            except BadRecord as error:
+                bad_records.append(str(error))
+                continue
+            bad_records.append("")
+            self.last_good[number] = record
+            return *record, rng
+        if self.last_good[number] is None:
+            raise ValueError(f"the first {TOLERATED + 1} records were bad, the last: {bad_records[-1]}; "
+                             f"`python data.py FILES` names them all")
+        return *self.last_good[number], rng
+
+    def encode(self, texts, longest, stats):
+        """Sentences -> lists of ids; what is cut is counted."""
+        whole = [self.tokenizer.encode(text) for text in texts]
+        stats["cut"] += sum(len(ids) > longest for ids in whole)
+        return [cut(ids, longest) for ids in whole]
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What train.py asks for
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def load_tokenizer(path):
     if not path:
-        raise ValueError("your own data need --tokenizer FILE: XLM-R's sentencepiece.bpe.model, or one made by "
-                         "`python data.py tokenizer --texts FILES --out spm.model`")
+        raise ValueError("your own data need --tokenizer FILE: XLM-R's sentencepiece.bpe.model, or one "
+                         "made by `python data.py tokenizer --texts FILES --out spm.model`")
     try:
         return Tokenizer(pathlib.Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a tokenizer ({reason(error)}): take XLM-R's sentencepiece.bpe.model, or make "
-                         f"one with python data.py tokenizer") from None
+        raise ValueError(f"{path} is not a tokenizer ({reason(error)}): take XLM-R's "
+                         f"sentencepiece.bpe.model, or make one with python data.py tokenizer") from None
+
+
+def mixed(arguments, dataset_of):
+    """The files of a command line -> their dataset. dataset_of: sources -> dataset."""
+    sources = parse_all(arguments)
+    weights = [source.weight for source in sources if source.weight]
+    if not weights:
+        return dataset_of(sources)
+    if len(weights) < len(sources):
+        raise ValueError("give every source a weight (FILE=0.7) or none")
+    return Mixture([dataset_of([source]) for source in sources], weights)
+
+
+def image_files(arguments, size, languages=(), cache=None, root=None):
+    return mixed(arguments, lambda some: ImageFiles(some, size, languages, cache, root))
+
+
+def pair_files(arguments, languages=(), cache=None):
+    return mixed(arguments, lambda some: PairFiles(some, languages, cache))
 
 
 def streams(args, size):
-    """Settings of train.py -> images with captions, and parallel text or None."""
-    images = parallel = None
+    """Settings of train.py -> (dataset of images with captions, dataset of parallel text or None)."""
     if args.images in (None, ["demo"]):
         images = DemoImages(scenes=args.scenes, keywords=args.keywords, size=size)
     else:
-        images = Images(args.images, size, args.languages, args.cache, args.image_root)
-    if args.parallel_text and (args.texts == ["demo"] or not args.images):
-        parallel = DemoParallel(scenes=args.text_scenes)
-    elif args.parallel_text and args.texts:
-        parallel = Pairs(args.texts, args.languages, args.cache)
-    return images, parallel
+        images = image_files(args.images, size, args.languages, args.cache, args.image_root)
+    if not args.parallel_text:
+        return images, None
+    if args.texts == ["demo"] or not args.images:
+        return images, DemoParallel(scenes=args.text_scenes)
+    if args.texts:
+        return images, pair_files(args.texts, args.languages, args.cache)
+    return images, None
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-def tokenizer_command(args):
+def arguments_parser(name):
+    return argparse.ArgumentParser(name, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                   description=doctor.__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def tokenizer_command(words):
+    """`python data.py tokenizer`: makes one from the texts of some files -> exit status."""
+    parser = arguments_parser("data.py tokenizer")
+    parser.add_argument("--texts", nargs="+", required=True, help="sources of any kind")
+    parser.add_argument("--vocab", type=int, default=8000, help="pieces (default: 8000)")
+    parser.add_argument("--out", default="spm.model", help="file (default: spm.model)")
+    parser.add_argument("--cache", help="folder for the indices (default: beside the data)")
+    args = parser.parse_args(words)
     try:
         made = train_tokenizer(doctor.every_text(args.texts, args.cache), args.vocab)
     except RuntimeError as error:
-        raise ValueError(f"no tokenizer of {args.vocab} pieces comes from these texts ({reason(error)})") from None
+        raise ValueError(f"no tokenizer of {args.vocab} pieces comes from these texts "
+                         f"({reason(error)})") from None
     pathlib.Path(args.out).write_bytes(made.model)
-    print(f"wrote {args.out}: vocabulary {made.size:,}" + (
-        f", as these texts hold no {args.vocab:,} pieces" if made.size < args.vocab else ""))
+    print(f"wrote {args.out}: vocabulary {made.size:,}")
+    if made.size < args.vocab:
+        print(f"these texts hold no {args.vocab:,} pieces")
     return 0
 
 
-def doctor_command(args):
-    encode = args.tokenizer and functools.partial(load_tokenizer(args.tokenizer).encode, longest=None)
-    return doctor.doctor(args.paths, encode, LONGEST, args.cache, args.image_root)
+def doctor_command(words):
+    """`python data.py PATH...` -> exit status: 1 if a record is broken."""
+    parser = arguments_parser("data.py")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="sources")
+    parser.add_argument("--tokenizer", help="sentencepiece model, to count tokens (default: None)")
+    parser.add_argument("--longest", type=int, default=64,
+                        help="tokens of a sentence in training: how many are cut? (default: 64)")
+    parser.add_argument("--image_root", help="folder of images named by JSON lines "
+                                             "(default: that of the file)")
+    parser.add_argument("--cache", help="folder for the indices (default: beside the data)")
+    args = parser.parse_args(words)
+    encode = load_tokenizer(args.tokenizer).encode if args.tokenizer else None
+    return doctor.doctor(args.paths, encode, args.longest, args.cache, args.image_root)
 
 
 def main(argv=None):
-    """The command line -> exit status: 0, 1 when something is broken, 2 after one line on a mistake."""
+    """The command line -> exit status: 0, 1 when a record is broken, 2 after one line on a mistake."""
     words = sys.argv[1:] if argv is None else argv
-    training = words[:1] == ["tokenizer"]
-    parser = Arguments(prog="data.py" + " tokenizer" * training, description=doctor.__doc__,
-                       formatter_class=argparse.RawDescriptionHelpFormatter)
-    if training:
-        parser.add_argument("--texts", nargs="+", required=True, help="sources of any kind")
-        parser.add_argument("--vocab", type=int, default=8000, help="pieces (default: 8000)")
-        parser.add_argument("--out", default="spm.model", help="file (default: spm.model)")
-    else:
-        parser.add_argument("paths", nargs="+", metavar="PATH", help="sources")
-        parser.add_argument("--tokenizer", help="sentencepiece model, to count tokens (default: None)")
-        parser.add_argument("--image_root", help="folder of images named by JSON lines (default: that of the file)")
-    parser.add_argument("--cache", help="folder for the indices (default: beside the data)")
-    args = parser.parse_args(words[training:])
     try:
-        return (tokenizer_command if training else doctor_command)(args)
+        if words[:1] == ["tokenizer"]:
+            return tokenizer_command(words[1:])
+        return doctor_command(words)
     except (ValueError, OSError) as error:
         return fail(error)
 
@@ -383,12 +538,14 @@ def main(argv=None):
 def show_example():
     """One example of each stream of the demo, in words."""
     tokenizer = demo_tokenizer()
-    image, pair, _ = Batches(tokenizer, DemoImages(), DemoParallel(), 2, 2, seed=0)[0]
+    batches = Batches(tokenizer, Stream(DemoImages(), 2), Stream(DemoParallel(), 2), seed=0)
+    image, pair, _ = batches[0]
     print("images    ", tuple(image["images"].shape))
-    for name, x in (("caption", image["b"]), ("masked", image["masked"]), ("a", pair["a"]), ("b", pair["b"])):
-        print(f"{name:10}", " ".join(tokenizer.pieces(x.token_ids)))
+    shown = {"caption": image["b"], "masked": image["masked"], "a": pair["a"], "b": pair["b"]}
+    for name, sentences in shown.items():
+        print(f"{name:10}", " ".join(tokenizer.pieces(sentences.token_ids)))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")                        # a name or caption in any bytes
+    sys.stdout.reconfigure(errors="backslashreplace")           # captions and names in any script
     sys.exit(main() if sys.argv[1:] else show_example())

@@ -52,7 +52,7 @@ def search(args, device, batch=256):
     page = ['<!doctype html><meta charset="utf-8"><title>Images by sentences</title>'
             "<style>figure {display: inline-block; vertical-align: top}</style>"]
     for query, *hits in zip(args.queries, scores.tolist(), best.tolist()):
-        cut = f" (cut at {data.LONGEST} tokens)" * (len(tokenizer.encode(query, None)) > data.LONGEST)
+        cut = f" (cut at {64} tokens)" * (len(tokenizer.encode(query, None)) > 64)
         print(query + cut)
         page.append(f'<h2 dir="auto">{html.escape(query + cut)}</h2>')
         for rank, (score, i) in enumerate(zip(*hits), 1):
@@ -68,7 +68,7 @@ def search(args, device, batch=256):
 
 def main(argv=None):
     """The command line -> exit status; a user's mistake is one line and status 2."""
-    parser = data.Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("queries", nargs="+", help="sentences in any language")
     parser.add_argument("--ckpt", required=True, help="checkpoint of train.py")
     parser.add_argument("--images", type=pathlib.Path, required=True, metavar="DIR",

@@ -1,29 +1,37 @@
 """Train CCLM.
 
-    python train.py                                             the demo: emoji, 21 languages, minutes on two CPU cores
-    torchrun --nproc_per_node=8 train.py --preset base          the same program on eight GPUs (DDP, nccl; gloo on CPUs)
-    python train.py --init_text xlmr/ --init_vision beit2.pth   start from published encoders (weights.py)
-    python train.py --no-parallel_text --out out/ablation       image-text alone: what the parallel text is worth
-    python train.py --explain                                   one example through every station, with real numbers
-    python train.py --images 'cc3m/*.tar' --texts 'wikimatrix/*.tsv' --tokenizer spm.model      your data: docs/data.md
+    python train.py                                         the demo: emoji, 21 languages, minutes
+    torchrun --nproc_per_node=8 train.py --preset base ...  the published recipe on eight GPUs
+    python train.py --images 'cc3m/*.tar' --texts 'wiki/*.tsv' --tokenizer spm.model   your data
+    python train.py --init ckpt.pt --out out/more           start from a checkpoint
+    python train.py --no-parallel_text --out out/ablation   what the parallel text is worth
+    python train.py --explain                               one example through every station
 
-One step is one image-text batch and one parallel-text batch through one model, the sum of both streams' losses, one
-backward and one update. out/ receives ckpt.pt, log.csv (one row per step) and results.json.
+A preset is a model and its recipe (model.py: PRESETS, RECIPES); a flag overrides one value. One
+step is one image-text batch and one parallel-text batch through one model: the sum of both streams'
+losses, one backward pass, one update. out/ receives ckpt.pt, log.csv (one row per step) and
+results.json.
 
 Resume, the policy:
-  1. If OUT/ckpt.pt exists, the same command continues from it; a finished run only evaluates. --fresh starts over.
-  2. Settings that change the result must be those of the checkpoint, else exit status 2, naming the first that differs.
+  1. If OUT/ckpt.pt exists, the same command continues from it; a finished run only evaluates.
+     --fresh starts over.
+  2. Settings that change the result must be those of the checkpoint, else exit status 2, naming the
+     first that differs.
   3. log.csv is cut back to the checkpoint's step, so that no step stands there twice.
-  4. Promised: bitwise the same weights, optimizer and log (but for timing and memory) as the uninterrupted run, on the
-     same machine, number of processes and of threads. Not promised: bitwise equality on another number of either.
-  5. A checkpoint is written beside its place and renamed: a kill at any moment leaves the old or new one, never half.
+  4. Promised: bitwise the same weights, optimizer and log (but for timing and memory) as the
+     uninterrupted run, on the same machine, number of processes and of threads. Not promised:
+     bitwise equality on another number of either.
+  5. A checkpoint is written beside its place and renamed: a kill at any moment leaves the old or
+     the new one, never half of one.
+  6. No generator has a state to save: every random number is drawn from (seed, step, process) or
+     (seed, epoch, index).
 
 Letters: B examples per process, W processes, N = W*B per step, V vocabulary.
 """
 import argparse
+import contextlib
 import csv
 import datetime
-import functools
 import json
 import math
 import os
@@ -33,10 +41,12 @@ import re
 import resource
 import signal
 import sys
+import textwrap
 import time
 import warnings
-from dataclasses import asdict, fields
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,120 +55,169 @@ from tqdm import tqdm
 
 import data
 import evaluate
+from demo import emoji
 from formats.checkpoints import read_checkpoint, write_checkpoint
 from formats.images import normalise
 from formats.sources import BadRecords
 from kernels.packed import offsets
-from losses import all_reduce, cross_view, world
-from model import PRESETS, Config, Fusion, View, parameter_groups
+from losses import MaskedText, Options, all_reduce, cross_view, world
+from model import PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, parameter_groups
 from weights import starting_point
 
-# ------------------------------------------------------------------------------------------------------------------
-# Settings (the FREE ones may differ on resume)
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------
 
-FREE = {"out", "stop_after", "save_every", "log_every", "keep", "fresh", "eval", "explain", "workers", "compile",
-        "cache"}
-AT_LEAST_1 = ("steps", "batch", "text_batch", "log_every", "save_every", "chunk", "stop_after")
-LIMITS = {**dict.fromkeys(AT_LEAST_1, (1, math.inf)), "seed": (0, 2 ** 40), "mask_probability": (0, 1),
-          "keywords": (0, 1), "dropout": (0, 0.999), "lr": (1e-12, 1e6), "clip": (1e-12, 1e12)}      # others: from 0
-CHOICES = {"vision": ("vit", "beit2", "clip"), "pool": ("first", "mean")}
+# These may differ when a run is resumed: they do not change its result.
+FREE = {"out", "stop_after", "save_every", "validate_every", "log_every", "keep", "fresh", "eval",
+        "explain", "workers", "compile", "cache"}
+LOSSES = ("contrast", "match", "mask")
+RECALLS = ("t2i_r1", "i2t_r1")                                  # of a validation
+ON_OFF = argparse.BooleanOptionalAction
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """--help keeps the lines of the docstring above and ends every flag with its default."""
 
 
 def settings(argv=None):
-    """The command line. Every field of model.Config is a flag too."""
-    style = type("Help", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
-    parser, on_off = data.Arguments(description=__doc__, formatter_class=style), argparse.BooleanOptionalAction
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", default="out", help="folder for ckpt.pt, log.csv and results.json")
-    run.add_argument("--steps", type=int, default=1500, help="length of the schedule")
-    run.add_argument("--stop_after", type=int, metavar="N", help="stop cleanly after step N of the same schedule")
-    run.add_argument("--seed", type=int, default=0, help="of weights, data and dropout")
-    run.add_argument("--save_every", type=int, default=500, help="steps between checkpoints; the last is always saved")
-    run.add_argument("--keep", type=int, default=0, help="earlier checkpoints to keep as ckpt_STEP.pt")
-    run.add_argument("--log_every", type=int, default=50, help="steps between printed lines")
-    run.add_argument("--fresh", action="store_true", help="start over although OUT holds a checkpoint")
-    run.add_argument("--eval", action=on_off, default=True, help="evaluate on the demo's test sets at the end")
-    run.add_argument("--explain", action="store_true", help="show one example at every station and exit")
-    run.add_argument("--workers", type=int, default=1, help="helpers of each process that prepare batches")
-    run.add_argument("--checkpointing", action="store_true", help="keep no activations in layers: slower, less memory")
-    run.add_argument("--chunk", type=int, metavar="N", help="gradient cache: N sequences at a time, exact gradients")
-    run.add_argument("--compile", action="store_true", help="torch.compile the two encoders and the fusion encoder")
-    what = parser.add_argument_group("data and losses")
-    what.add_argument("--data", default="demo", choices=["demo"], help="the built-in emoji, where no files are given")
-    what.add_argument("--images", nargs="+", metavar="FILES", help="images with captions: files, folders, globs")
-    what.add_argument("--texts", nargs="+", metavar="FILES", help="parallel text; 'demo' here or there: the built-in")
-    what.add_argument("--tokenizer", metavar="FILE", help="sentencepiece model: XLM-R's, or data.py tokenizer's")
-    what.add_argument("--languages", nargs="+", help="only these languages of the files")
-    what.add_argument("--image_root", metavar="DIR", help="folder of images named by JSON lines; None: the file's own")
-    what.add_argument("--cache", metavar="DIR", help="folder for indices of the files; None: beside the files")
-    what.add_argument("--batch", type=int, default=128, help="image-caption pairs per step, all processes together")
-    what.add_argument("--text_batch", type=int, default=128, help="sentence pairs per step")
-    what.add_argument("--scenes", type=float, default=0.25, help="demo: scenes per single emoji")
-    what.add_argument("--text_scenes", type=float, default=0.2, help="demo: the same in the parallel text")
-    what.add_argument("--keywords", type=float, default=0.1, help="demo: share of single emoji captioned by keywords")
-    what.add_argument("--mask_probability", type=float, default=0.15, help="share of words hidden; the paper's is 0.4")
-    what.add_argument("--parallel_text", action=on_off, default=True, help="train on the second stream")
-    what.add_argument("--match", action=on_off, default=True, help="the match loss")
-    what.add_argument("--condition", action=on_off, default=True, help="masked words look at the other view")
-    what.add_argument("--shared_fusion", action=on_off, default=True, help="one fusion encoder for both streams")
-    for name in ("contrast", "match", "mask"):
-        what.add_argument(f"--{name}_weight", type=float, default=1.0, help="weight of the loss")
-    how = parser.add_argument_group("optimizer")
-    how.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    how.add_argument("--fusion_lr", type=float, default=2.0, help="rate of fusion encoder and match head, times --lr")
-    how.add_argument("--temperature_lr", type=float, default=3e-4, help="peak rate of the temperature")
-    how.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
-    how.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's, not on vectors")
-    how.add_argument("--clip", type=float, default=1.0, help="global gradient norm")
-    model = parser.add_argument_group("model")
-    model.add_argument("--preset", default="demo", choices=PRESETS, help="model size")
-    model.add_argument("--init", metavar="CKPT", help="start from its weights, tokenizer and model settings")
-    model.add_argument("--init_text", metavar="PATH", help="start from XLM-R, its file or folder (weights.py)")
-    model.add_argument("--init_vision", metavar="PATH", help="start from BEiT-2, DeiT, ViT or CLIP (weights.py)")
-    for field in fields(Config):
-        if field.name != "vocabulary":
-            kind = {"action": on_off} if field.type is bool else {
-                "type": field.type, "choices": CHOICES.get(field.name)}
-            model.add_argument(f"--{field.name}", **kind, help="None: the preset's")
+    """The command line -> argparse.Namespace. The preset's recipe gives the defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="demo")
+    preset = first.parse_known_args(argv)[0].preset
+    # Without a usage an error of argparse is one line.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
+                                     allow_abbrev=False, usage=argparse.SUPPRESS)
+    add_run_flags(parser.add_argument_group("run").add_argument)
+    add_data_flags(parser.add_argument_group("data and losses").add_argument)
+    add_model_flags(parser.add_argument_group("model and optimizer").add_argument)
+    recipe = parser.add_argument_group("recipe: these defaults are the preset's")
+    for name, value in RECIPES.get(preset, RECIPES["demo"]).items():
+        recipe.add_argument(f"--{name}", type=type(value), default=value, help=RECIPE[name])
     return parser.parse_args(argv)
 
 
+def add_run_flags(flag):
+    flag("--out", default="out", help="folder for ckpt.pt, log.csv and results.json")
+    flag("--stop_after", type=int, metavar="N", help="stop after step N of the same schedule")
+    flag("--seed", type=int, default=0, help="of weights, data and dropout")
+    flag("--keep", type=int, default=0, help="earlier checkpoints to keep as ckpt_STEP.pt")
+    flag("--log_every", type=int, default=50, help="steps between printed lines")
+    flag("--fresh", action="store_true", help="start over although OUT holds a checkpoint")
+    flag("--eval", action=ON_OFF, default=True, help="evaluate on the demo's test sets at the end")
+    flag("--explain", action="store_true", help="show one example at every station and exit")
+    flag("--checkpointing", action="store_true", help="keep no activations: slower, less memory")
+    flag("--chunk", type=int, metavar="N", help="gradient cache: N sequences at a time")
+    flag("--compile", action="store_true", help="torch.compile the encoders")
+
+
+def add_data_flags(flag):
+    flag("--data", default="demo", choices=["demo"], help="the built-in emoji, without files")
+    flag("--images", nargs="+", metavar="FILES", help="images with captions: files, folders, globs")
+    flag("--texts", nargs="+", metavar="FILES", help="parallel text; demo: the built-in")
+    flag("--tokenizer", metavar="FILE", help="sentencepiece model: XLM-R's, or data.py tokenizer's")
+    flag("--languages", nargs="+", help="only these languages of the files")
+    flag("--image_root", metavar="DIR", help="folder of images that JSON lines name")
+    flag("--cache", metavar="DIR", help="folder for indices of the files; None: beside the files")
+    flag("--held_out", type=int, default=0, metavar="N", help="own images for validation, about N")
+    flag("--scenes", type=float, default=0.25, help="demo: scenes per single emoji")
+    flag("--text_scenes", type=float, default=0.2, help="demo: the same in the parallel text")
+    flag("--keywords", type=float, default=0.1, help="demo: share of captions that are keywords")
+    flag("--parallel_text", action=ON_OFF, default=True, help="train on the second stream")
+    flag("--match", action=ON_OFF, default=True, help="the matching loss")
+    flag("--condition", action=ON_OFF, default=True, help="masked tokens see the other view")
+    for name in LOSSES:
+        flag(f"--{name}_weight", type=float, default=1.0, help="weight of the loss")
+
+
+def add_model_flags(flag):
+    flag("--preset", default="demo", choices=PRESETS, help="model and recipe")
+    flag("--init", metavar="CKPT", help="start from its weights, tokenizer and model settings")
+    flag("--weight_decay", type=float, default=0.01, help="AdamW's, not on vectors")
+    flag("--clip", type=float, default=1.0, help="largest norm of the whole gradient")
+    choices = {"vision": ("vit", "beit2", "clip"), "pool": ("first", "mean")}
+    for field in fields(Config):
+        if field.name == "vocabulary":                          # the tokenizer decides
+            continue
+        options = {"type": field.type, "choices": choices.get(field.name)}
+        if field.type is bool:
+            options = {"action": ON_OFF}
+        flag(f"--{field.name}", **options, help="None: the preset's")
+
+
+# Smallest and largest value of a flag; all other numbers must be at least 0.
+LIMITS = {"seed": (0, 2 ** 40), "mask_probability": (0, 1), "keywords": (0, 1),
+          "dropout": (0, 0.999), "lr": (1e-12, 1e6), "clip": (1e-12, 1e12),
+          "caption_tokens": (3, math.inf), "sentence_tokens": (3, math.inf), "workers": (-1, 64)}
+for name in ("steps", "batch", "text_batch", "log_every", "save_every", "chunk", "stop_after"):
+    LIMITS[name] = (1, math.inf)
+
+
 def check(args):
-    """ValueError on values that cannot work; weights.starting_point checks the sizes of the model."""
+    """ValueError on values that cannot work; weights.starting_point checks the model's sizes."""
     for name, value in vars(args).items():
         low, high = LIMITS.get(name, (0, math.inf))
         if isinstance(value, (int, float)) and not low <= value <= high:
-            raise ValueError(f"--{name} {value} must be at least {low}" + f" and at most {high:g}" * (high < math.inf))
+            upper = f" and at most {high:g}" if high < math.inf else ""
+            raise ValueError(f"--{name} {value} must be at least {low}{upper}")
     if pathlib.Path(args.out).is_file():
         raise ValueError(f"--out {args.out} is a file, not a folder")
     for name in ("batch", "text_batch"):
-        if getattr(args, name) % world()[1]:
-            raise ValueError(f"--{name} {getattr(args, name)} is not a multiple of {world()[1]} processes")
+        value, W = getattr(args, name), world()[1]
+        if value % W:
+            raise ValueError(f"--{name} {value} is not a multiple of {W} processes")
     if args.texts and not args.images:
         raise ValueError("--texts needs --images too: FILES, or demo for the built-in ones")
+    if args.shared_fusion is False and not args.parallel_text:
+        raise ValueError("--no-shared_fusion needs parallel text: nothing else uses the second one")
+    if args.held_out and is_demo(args):
+        raise ValueError("--held_out is for your own --images; the demo has a val split")
 
 
-# ------------------------------------------------------------------------------------------------------------------
+def recipe_lines(args, vocabulary):
+    """What the run prints first: its recipe, and what was overridden."""
+    def show(name, value):
+        return f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+    recipe = RECIPES[args.preset]
+    given = vars(args)
+    changed = [show(name, given[name]) for name in recipe if given[name] != recipe[name]]
+    for field in fields(Config):
+        if given.get(field.name) is not None:
+            changed.append(show(field.name, given[field.name]))
+    if vocabulary != PRESETS[args.preset].vocabulary:
+        changed.append(f"vocabulary {vocabulary} (the tokenizer's)")
+    values = ", ".join(show(name, value) for name, value in recipe.items())
+    lines = (f"recipe of {args.preset}, {RECIPE_SOURCES[args.preset]}: {values}",
+             f"overridden: {', '.join(changed) or 'nothing'}")
+    return "\n".join(textwrap.fill(text, 100, subsequent_indent="  ") for text in lines)
+
+
+# --------------------------------------------------------------------------------------------------
 # Set-up
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def start_processes():
     """Joins torchrun's process group where there is one -> device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        backend = "nccl"
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))     # rank 0 evaluates
-        warnings.filterwarnings("ignore", "Grad strides do not match")         # 1 x 1 convolutions: strides of size 1
+        patience = datetime.timedelta(hours=2)                  # others wait while rank 0 evaluates
+        dist.init_process_group(backend, timeout=patience)
+        # The strides of 1 x 1 convolutions differ only along dimensions of size 1.
+        warnings.filterwarnings("ignore", "Grad strides do not match")
     return device
 
 
-def precision(device):
+def training_dtype(device):
     """bf16 where the hardware multiplies it, else fp32 -> (dtype, reason)."""
     if device.type == "cuda":
-        return torch.bfloat16, "CUDA"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU multiplies it"
+        return torch.float32, "this GPU does not multiply bfloat16"
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     for flag in ("amx_bf16", "avx512_bf16"):
@@ -167,130 +226,239 @@ def precision(device):
     return torch.float32, "this CPU has neither amx_bf16 nor avx512_bf16"
 
 
-@functools.cache
-def peak_flops(device):
-    """What this device's matrix product reaches in the training precision, measured: 2048^3, best of five -> FLOP/s."""
-    dtype, best = precision(device)[0], float("inf")
-    x = torch.ones(2048, 2048, device=device, dtype=dtype)                   # randn would move dropout's generator
-    for _ in range(5):
-        start = time.perf_counter()
-        (x @ x).sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048 ** 3 / best
+def worker_count(args):
+    """--workers; -1: one fewer than the cores of this trainer, at least 1 and at most 8."""
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = (os.cpu_count() or 1) // trainers
+    return args.workers if args.workers >= 0 else max(1, min(8, cores - 1))
 
 
-class Objective(nn.Module):
-    """Both streams' losses in one forward, so that DDP sees one forward and one backward."""
+# --------------------------------------------------------------------------------------------------
+# The objective
+# --------------------------------------------------------------------------------------------------
 
-    def __init__(self, model, args):
+class Pretraining(nn.Module):
+    """The losses of both streams in ONE forward, so that DDP sees one forward and one backward.
+
+    An objective is all that the loop knows of a task:
+        forward(image, text, seed)  -> (loss to minimise, {name: number to log})
+        chance                      {name of a loss: what a model that knows nothing gets}
+        validation                  columns of log.csv that validate() fills
+        validate()                  -> {column: score} on data that are neither trained on nor test
+        report()                    -> results.json of a finished run
+    """
+
+    def __init__(self, model, tokenizer, args, validation_rows=partial(emoji.split, "val")):
+        """validation_rows: a function that makes the rows to validate on, called once."""
         super().__init__()
-        self.model, self.args = model, args
-        self.weights = {"contrast": args.contrast_weight, "match": args.match_weight if args.match else 0.0,
-                        "mask": args.mask_weight}
-        self.text_fusion = None
-        if not args.shared_fusion and args.parallel_text:                    # ablation: a second Fusion for text-text
-            self.text_fusion = Fusion(model.config)
-            self.text_fusion.load_state_dict(model.fusion.state_dict())      # the same start for both
+        self.model = model
+        self.tokenizer = tokenizer
+        self.weights = {name: getattr(args, f"{name}_weight") for name in LOSSES}
+        if not args.match:
+            self.weights["match"] = 0.0
+        self.options = Options(self.weights, condition=args.condition)
+        self.chance = {}
+        for stream, batch in (("image", args.batch), ("text", args.text_batch)):
+            self.chance[f"{stream}_contrast"] = math.log(batch)
+            self.chance[f"{stream}_match"] = 0.6365             # entropy of 1 true : 2 false pairs
+            self.chance[f"{stream}_mask"] = math.log(tokenizer.size)
+        self.validation_rows = cache(validation_rows)
+        groups = ("seen", "text_only", "never") if is_demo(args) else ("all",)
+        self.validation = [f"val_{group}_{key}" for group in groups for key in RECALLS]
 
-    def forward(self, image, pair, seed):
-        """One step's batches (data.Batches) -> {"image": losses, "text": losses, "loss": their sum}."""
+    def forward(self, image, text, seed):
+        """A step's batches (data.Batches) -> loss, {"image_contrast": ..., "temperature": ...}."""
         model = self.model
-        batches = [image["b"], image["b"]._replace(token_ids=image["masked"].token_ids)]
-        if pair:
-            batches += [pair["a"], pair["b"], pair["b"]._replace(token_ids=pair["masked"].token_ids)]
-        caption, hidden, *texts = self.encode(batches)
+        with torch.no_grad():
+            model.temperature.clamp_(0.001, 0.5)                # lower, the softmax saturates in bf16
+
+        # All sentences of the step in one pass of the text encoder: one look-up, one gradient.
+        sentences = [image["b"], masked_sentences(image)]
+        if text:
+            sentences += [text["a"], text["b"], masked_sentences(text)]
+        caption, masked_caption, *parallel = self.encode(sentences)
+
+        # Stream 1: an image and its caption are two views of one thing ...
         picture = model.encode_image(normalise(image["images"]), image["ids"])
-        options = {"weights": self.weights, "condition": self.args.condition}
-        losses = {"image": cross_view(model, picture, caption._replace(ids=image["ids"]), hidden.states,
-                                      image["masked"].positions, image["masked"].labels, seed, **options)}
-        if pair:
-            a, b, hidden = texts
-            losses["text"] = cross_view(self.text_model(), a._replace(ids=pair["ids"]), b._replace(ids=pair["ids"]),
-                                        hidden.states, pair["masked"].positions, pair["masked"].labels, seed + 1, **options)
-        return losses | {"loss": sum(stream["loss"] for stream in losses.values())}
+        found = {"image": self.losses(model, picture, caption, masked_caption, image, seed)}
+        # ... stream 2: so are a sentence and its translation. The loss function is the same.
+        if text:
+            a, b, masked_b = parallel
+            a = a._replace(ids=text["ids"])
+            found["text"] = self.losses(model.for_parallel_text(), a, b, masked_b, text, seed + 1)
 
-    def encode(self, batches):
-        """Several packed batches of sentences in ONE pass of the text encoder: one look-up, one embedding gradient."""
-        words = torch.cat([s.token_ids for s in batches])
-        lengths = torch.cat([s.starts.diff() for s in batches])
-        view = self.model.encode_text(words, offsets(lengths), lengths)
-        states = view.states.split([len(s.token_ids) for s in batches])
-        vectors = view.vectors.split([len(s.starts) - 1 for s in batches])
-        return [View(x, s.starts, v, None) for x, s, v in zip(states, batches, vectors)]
+        loss = sum(losses["loss"] for losses in found.values())
+        numbers = {f"{stream}_{name}": losses[name].detach()
+                   for stream, losses in found.items() for name in LOSSES}
+        return loss, numbers | {"temperature": model.temperature.detach()}
 
-    def text_model(self):
-        if self.text_fusion is None:
-            return self.model
-        m = self.model
-        return SimpleNamespace(fuse=functools.partial(m.fuse, fusion=self.text_fusion), itm_head=m.itm_head,
-                               mlm_head=m.mlm_head, temperature=m.temperature)
+    def encode(self, sentences):
+        """Several packed batches -> their Views, by one call of the text encoder."""
+        token_ids = torch.cat([s.token_ids for s in sentences])               # (T,) of all of them
+        lengths = torch.cat([s.starts.diff() for s in sentences])
+        view = self.model.encode_text(token_ids, offsets(lengths), lengths)
+        states = view.states.split([len(s.token_ids) for s in sentences])     # (T, D) -> (T_k, D)
+        vectors = view.vectors.split([len(s.starts) - 1 for s in sentences])  # (B, E) -> (B_k, E)
+        return [View(x, s.starts, v, None) for x, s, v in zip(states, sentences, vectors)]
+
+    def losses(self, model, a, b, masked_b, batch, seed):
+        """cross_view of one stream, whatever its a is."""
+        masked = MaskedText(masked_b.states, batch["masked"].positions, batch["masked"].labels)
+        return cross_view(model, a, b, masked, seed, options=self.options)
+
+    def validate(self):
+        """Recall of the cosine, means by group of languages -> {"val_seen_t2i_r1": %, ...}."""
+        rows = self.validation_rows()
+        scores = evaluate.validation_scores(self.model, self.tokenizer, rows)
+        return {f"val_{group}_{key}": scores[group][key] for group in scores for key in RECALLS}
+
+    def report(self):
+        """Recall on the demo's test sets, printed as a table -> results.json."""
+        report = evaluate.demo_report(self.model, self.tokenizer, progress=sys.stderr.isatty())
+        evaluate.print_table(report)
+        return report
+
+
+def masked_sentences(batch):
+    """The sentences b of a batch with their masked tokens in place."""
+    return batch["b"]._replace(token_ids=batch["masked"].token_ids)
+
+
+def is_demo(args):
+    """Are the images those of the demo?"""
+    return args.images in (None, ["demo"])
+
+
+# --------------------------------------------------------------------------------------------------
+# One step
+# --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """All that a run needs, new or from a checkpoint."""
+    args: argparse.Namespace
+    device: torch.device
+    objective: nn.Module
+    wrapped: nn.Module                  # the objective in DDP where there are several processes
+    optimizer: torch.optim.Optimizer
+    autocast: torch.autocast
+    batches: data.Batches
+    bad_records: BadRecords
+    path: pathlib.Path                  # of ckpt.pt
+    new: list                           # parameters that the files behind --init did not hold
+    step: int = 0                       # steps done
+    skipped: int = 0                    # of these, steps without an update
+    signal: str = ""                    # the name of a signal that asks this process to stop
+
+
+class Verdict(NamedTuple):
+    """What all processes decide alike after a backward pass."""
+    finite: bool                        # loss and gradient are: the weights may be updated
+    stop: bool                          # some process got a signal
+    too_many_bad: bool                  # some process read too many bad records
+
+
+def to_device(batch, device):
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if batch is None:
+        return None
+    return type(batch)(*(to_device(value, device) for value in batch))       # Sentences, Masked
 
 
 def lr_at(step, args):
-    """Share of the peak rate: linear warm-up, then linear to 0 (F4.2)."""
-    return min((step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.steps - args.warmup))
+    """Share of the peak rate: linear warm-up, then linear to 0."""
+    warmup = (step + 1) / max(1, args.warmup)
+    decay = (args.steps - step) / max(1, args.steps - args.warmup)
+    return min(warmup, decay)
 
 
-def stem_flops(patches, size):
-    """FLOPs of the convolutions on one image, forward and backward: 6 per weight and place."""
-    flops = 0
-    for conv in (module for module in patches.modules() if isinstance(module, nn.Conv2d)):
-        size //= conv.stride[0]
-        flops += 6 * conv.weight.numel() * size ** 2
-    return flops
+def gradient_norms(objective):
+    """{"norm_all", "norm_vision", ...}: norms of the gradient, scalars; nan where a gradient is."""
+    towers = {"vision": [], "text": [], "fusion": [], "heads": []}
+    for name, p in objective.named_parameters():
+        tower = name.removeprefix("model.").split(".")[0].replace("text_fusion", "fusion")
+        towers.get(tower, towers["heads"]).append(p.grad)
+    norms = {f"norm_{name}": nn.utils.get_total_norm(grads) for name, grads in towers.items()}
+    return {"norm_all": torch.stack(list(norms.values())).norm()} | norms
 
 
-def step_flops(objective, images, words, fused, rows, hidden):
-    """FLOPs of a step, forward and backward: of convolutions, and 6 per weight and token of everything linear. Products
-    of attention are left out (a few %)."""
-    m, size = objective.model, lambda module: sum(p.numel() for p in module.parameters() if p.ndim >= 2)
-    last, patches = size(m.fusion.layers[-1]), (m.config.image_size // m.config.patch_size) ** 2
-    return images * stem_flops(m.vision.patches, m.config.image_size) + 6 * (
-        images * patches * size(m.vision.layers) + words * size(m.text.layers) + fused * (size(m.fusion) - last)
-        + rows * last + hidden * m.mlm_head.weight.numel())
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ------------------------------------------------------------------------------------------------------------------
-
-def save(run, step, args):
-    """All processes call it; the first writes."""
+def train_step(run, batch, stats, step):
+    """Forward, backward, update -> (row of log.csv, Verdict). batch: [image, text] on device."""
+    args = run.args
     rank, W = world()
-    rng = [torch.get_rng_state()]
-    if W > 1:
-        rng = [None] * W
-        dist.all_gather_object(rng, torch.get_rng_state())
-    if rank == 0:
-        extra = {} if run.objective.text_fusion is None else {"text_fusion": run.objective.text_fusion.state_dict()}
-        config = {"model": asdict(run.objective.model.config), "train": vars(args), "records": run.records}
-        write_checkpoint(run.path, {
-            "model": run.objective.model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": step,
-            "rng": rng, "config": config, "tokenizer": run.tokenizer.model} | extra, args.keep)
+    factor = lr_at(step, args)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    # Seeded anew at every step: dropout differs between steps and processes, and a resumed run
+    # draws what the uninterrupted one drew.
+    seed = args.seed * 1_000_003 + step
+    torch.manual_seed(seed * W + rank)
+    with run.autocast:
+        loss, numbers = run.wrapped(*batch, seed=2 * seed)
+    run.optimizer.zero_grad()
+    loss.backward()
+    norms = gradient_norms(run.objective)
+
+    # All that processes must know of each other goes through ONE all-reduce, and the host waits for
+    # the device once. Every process then holds the same sums, so all of them decide alike.
+    numbers = {"loss": loss.detach()} | numbers | norms
+    bad, too_many = run.bad_records.count(stats["bad_records"])
+    own = torch.tensor([bad, stats["cut"], bool(run.signal), too_many]).to(loss)
+    sums = all_reduce(torch.cat([torch.stack(list(numbers.values())), own])).tolist()
+    *values, bad, cut, stop, too_many = sums
+    row = {name: value / W for name, value in zip(numbers, values)}           # means, see losses.py
+    row |= {"step": step + 1, "lr": args.lr * factor, "bad_records": int(bad), "cut": int(cut)}
+    finite = math.isfinite(row["loss"]) and math.isfinite(row["norm_all"])
+
+    if finite and not too_many:
+        nn.utils.clip_grads_with_norm_(run.objective.parameters(), args.clip, norms["norm_all"])
+        run.optimizer.step()
+    return row, Verdict(finite, stop > 0, too_many > 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoint and log
+# --------------------------------------------------------------------------------------------------
+
+def save(run):
+    """Writes the checkpoint (formats/checkpoints.py). All processes call it, the first writes."""
+    if world()[0] > 0:
+        return
+    model = run.objective.model
+    config = {"model": asdict(model.config), "train": vars(run.args), "new": run.new,
+              "records": run.batches.records()}
+    state = {"model": model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
+             "skipped": run.skipped, "config": config, "tokenizer": run.objective.tokenizer.model}
+    write_checkpoint(run.path, state, run.args.keep)
 
 
 def compare(args, saved, path):
     """Policy 2: ValueError that names the first setting that differs from the checkpoint's."""
     for name, value in vars(args).items():
         if name not in FREE and saved.get(name) != value:
-            raise ValueError(f"{path} was trained with --{name} {saved.get(name)}, not {value}: repeat that setting, "
-                             f"choose another --out, or start over with --fresh")
+            raise ValueError(f"{path} was trained with --{name} {saved.get(name)}, not {value}: "
+                             f"repeat that setting, choose another --out, or use --fresh")
 
 
 class Log:
-    """out/log.csv: a row per step, written at once, cut back to `step` on resume (policy 3). Only rank 0 writes."""
-    COLUMNS = ["step", "lr", "loss", *(f"{s}_{n}" for s in ("image", "text") for n in ("contrast", "match", "mask")),
-               "temperature", *(f"norm_{t}" for t in ("all", "vision", "text", "fusion", "heads")), "skipped",
-               "bad_records", "cut",
-               "seconds", "images_per_s", "sentences_per_s", "utilisation", "memory_mb"]  # timing, memory: not bitwise
+    """out/log.csv: a row per step, written at once, cut back to `step` on resume (policy 3)."""
 
-    def __init__(self, path, step):
-        self.path, rows = path, []
+    def __init__(self, path, step, objective):
+        columns = ["step", "lr", "loss", *objective.chance, "temperature"]
+        columns += [f"norm_{tower}" for tower in ("all", "vision", "text", "fusion", "heads")]
+        columns += ["skipped", "bad_records", "cut"]
+        columns += objective.validation
+        columns += ["seconds", "images_per_s", "sentences_per_s", "memory_mb"]      # not bitwise
+        rows = []
         if path.exists():
             with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
+                old = csv.DictReader(file)
+                rows = [row for row in old if row["step"] and int(row["step"]) <= step]
         self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
         self.writer.writeheader()
         self.writer.writerows(rows)
         self.file.flush()
@@ -300,64 +468,36 @@ class Log:
         self.file.flush()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# One step
-# ------------------------------------------------------------------------------------------------------------------
-
-def to_device(batch, device):
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, list):
-        return [to_device(x, device) for x in batch]
-    return batch if batch is None else type(batch)(*(to_device(x, device) for x in batch))       # Sentences, Masked
-
-
-def tower_norms(objective):
-    """Gradient norms {"all", "vision", "text", "fusion", "heads"}; never under 0, nan where a gradient is."""
-    towers = {"vision": [], "text": [], "fusion": [], "heads": []}
-    for name, p in objective.named_parameters():
-        part = name.removeprefix("model.").split(".")[0]
-        towers[{"text_fusion": "fusion"}.get(part, part) if part in (*towers, "text_fusion")
-               else "heads"].append(p.grad)
-    norms = {name: nn.utils.get_total_norm(grads) for name, grads in towers.items()}
-    return {"all": torch.stack(list(norms.values())).norm()} | norms
+def speed(batch, seconds):
+    """Throughput of one step on all processes, and the most memory that this process held."""
+    W = world()[1]
+    images, sentences = (W * len(stream["ids"]) if stream else 0 for stream in batch)
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated() / 2 ** 20
+    else:
+        unit = 2 ** 20 if platform.system() == "Darwin" else 2 ** 10          # macOS counts bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"seconds": f"{seconds:.4f}", "images_per_s": f"{images / seconds:.1f}",
+            "sentences_per_s": f"{sentences / seconds:.1f}", "memory_mb": f"{memory:.0f}"}
 
 
-def train_step(wrapped, objective, optimizer, batch, step, args, autocast, stopping, told):
-    """Forward, backward, update -> (row for the log, was it skipped, shall we stop, are too many records bad). Every
-    process decides the same. told: bad records, cut sentences, are there too many bad ones?"""
-    image, pair = batch
-    factor = lr_at(step, args)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    with torch.no_grad():
-        objective.model.temperature.clamp_(0.001, 0.5)
-    with autocast:
-        losses = wrapped(image, pair, seed=(args.seed * 1_000_003 + step) * 2)
-    optimizer.zero_grad()
-    losses["loss"].backward()
-    norms = tower_norms(objective)
-    flags = torch.stack([(~torch.isfinite(losses["loss"]) | ~torch.isfinite(norms["all"])).float(),
-                         *torch.tensor([bool(stopping), told[2]], device=norms["all"].device).float()])
-    skipped, stop, spoiled = all_reduce(flags, "MAX").tolist()
-    if not skipped and not spoiled:
-        nn.utils.clip_grads_with_norm_(objective.parameters(), args.clip, norms["all"])
-        optimizer.step()
-    names = [(s, n) for s in ("image", "text") if s in losses for n in ("contrast", "match", "mask")]
-    values = torch.stack([losses["loss"]] + [losses[s][n] for s, n in names]) / world()[1]
-    *values, bad, cut = all_reduce(torch.cat([values, values.new_tensor(told[:2])])).tolist()       # one all-reduce
-    row = {"step": step + 1, "lr": args.lr * factor, "loss": values[0], "bad_records": int(bad), "cut": int(cut),
-           "temperature": objective.model.temperature.item(),
-           **{f"{s}_{n}": v for (s, n), v in zip(names, values[1:])},
-           **{f"norm_{k}": v.item() for k, v in norms.items()}}
-    return row, bool(skipped), bool(stop), bool(spoiled)
+def line(row, run):
+    """One printed line; each loss beside what a model that knows nothing gets."""
+    parts = [f"step {row['step']:5}/{run.args.steps} |"]
+    for name, chance in run.objective.chance.items():
+        if name in row:
+            parts.append(f"{name} {row[name]:.3g}/{chance:.3g}")
+    parts.append(f"| gradient {row['norm_all']:.2f} | {float(row['images_per_s']):.0f} images/s "
+                 f"{float(row['sentences_per_s']):.0f} pairs/s {row['memory_mb']} MB")
+    for name in run.objective.validation:
+        if name in row:
+            parts.append(f"{name} {row[name]:.1f}")
+    return " ".join(parts)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run, from start to finish
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def say(text):
     if world()[0] == 0:
@@ -365,150 +505,184 @@ def say(text):
         sys.stdout.flush()
 
 
+def learning_rate(args, new):
+    """-> a function of a parameter's name -> its peak rate. new: names that --init did not find."""
+    factors = {"vision": args.vision_lr, "text": args.text_lr, "fusion": args.fusion_lr,
+               "text_fusion": args.fusion_lr, "itm_head": args.fusion_lr}
+
+    def rate(name):
+        name = name.removeprefix("model.")
+        if name == "temperature":               # at the trunk's rate it hits its clamp in 30 steps
+            return min(args.temperature_lr, args.lr)
+        if name in new:
+            return args.lr * args.new_lr
+        return args.lr * factors.get(name.split(".")[0], 1.0)
+    return rate
+
+
 def prepare(args, device):
-    """All a run needs, new or from a checkpoint -> SimpleNamespace(objective, optimizer, tokenizer, step, batches)."""
-    out, (rank, W) = pathlib.Path(args.out), world()
-    path = out / "ckpt.pt"
-    state = read_checkpoint(path) if path.exists() and not args.fresh else None
+    """Builds everything that a run needs, new or from the checkpoint in --out -> Run."""
+    rank, W = world()
+    path = pathlib.Path(args.out, "ckpt.pt")
+    state = read_checkpoint(path, mmap=True) if path.exists() and not args.fresh else None
     if state and not args.explain:
         compare(args, state["config"]["train"], path)
     torch.manual_seed(args.seed)
-    model, tokenizer, start = starting_point(path, state, vars(args))
-    say(f"{path}: {state['step']} of {args.steps} steps are done" if state else f"start: {start}")
-    objective = Objective(model, args).to(device)
-    fusion = [name for name, _ in objective.named_parameters() if "fusion" in name or "itm_head" in name]
-    groups = parameter_groups(objective, args.lr, args.weight_decay, fusion, args.fusion_lr, args.temperature_lr)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)     # F4.1
-    torch.manual_seed(args.seed * 1_000_003 + rank)                          # dropout differs between processes
+    model, tokenizer, origin = starting_point(path, state, vars(args))
+    say(recipe_lines(args, tokenizer.size))
+    say(f"{path}: {state['step']} of {args.steps} steps are done" if state else f"start: {origin}")
+
+    batches = make_batches(args, model, tokenizer)
+    objective = Pretraining(model, tokenizer, args).to(device)
+    start = state or (read_checkpoint(args.init, mmap=True) if args.init else {"config": {}})
+    new = start["config"].get("new", [])
+    groups = parameter_groups(objective, learning_rate(args, set(new)), args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        if objective.text_fusion is not None:
-            objective.text_fusion.load_state_dict(state["text_fusion"])
-        if len(state["rng"]) == W:
-            torch.set_rng_state(state["rng"][rank])
     model.chunk = args.chunk
-    for layer in objective.modules():                                        # the unshared fusion encoder's too
+    for layer in model.modules():
         layer.checkpointing = args.checkpointing
     if args.compile:
         for part in (model.vision, model.text, model.fusion):
             part.compile(dynamic=True)
-    images, parallel = data.streams(args, model.config.image_size)
-    records = [len(images), len(parallel or ())]
-    if state and state["config"].get("records", records) != records:
-        say(f"the data changed: {state['config']['records']} records then, {records} now, from here on in a new order")
-    batches = data.Batches(tokenizer, images, parallel, args.batch, args.text_batch, args.seed, rank, W,
-                           mask_probability=args.mask_probability)
-    return SimpleNamespace(objective=objective, optimizer=optimizer, tokenizer=tokenizer, batches=batches,
-                           records=records, step=state["step"] if state else 0, path=path)
+    wrapped = objective
+    if W > 1:       # the gradients are their own buckets, and the only buffers are constants
+        wrapped = nn.parallel.DistributedDataParallel(objective, forward_sync_buffers=False,
+                                                      gradient_as_bucket_view=True)
+    dtype, reason = training_dtype(device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    parameters = sum(p.numel() for p in objective.parameters())
+    say(f"{parameters:,} parameters, {W} process(es), {device}, "
+        f"{torch.get_num_threads()} threads, {dtype} because {reason}")
+    run = Run(args, device, objective, wrapped, optimizer, autocast, batches, BadRecords(rank),
+              path, new)
+    if state:
+        run.step, run.skipped = state["step"], state["skipped"]
+        before = state["config"]["records"]
+        if before != batches.records():
+            say(f"the data changed: {before} records then, {batches.records()} now, from here on "
+                f"in a new order")
+    return run
 
 
-def outlive_sigterm(worker):     # a SIGTERM to the process group is for the loop: workers stay until it saved and ended
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def make_batches(args, model, tokenizer):
+    """The two streams as the recipe wants them, within the model's table of positions."""
+    images, texts = data.streams(args, model.config.image_size)
+    longest = model.text.longest
+    image_stream = data.Stream(images, args.batch, min(args.caption_tokens, longest),
+                               args.mask_probability, args.caption_masked)
+    text_stream = texts and data.Stream(texts, args.text_batch, min(args.sentence_tokens, longest),
+                                        args.mask_probability, args.sentence_masked)
+    return data.Batches(tokenizer, image_stream, text_stream, args.seed, *world())
 
 
-def prepared(loader):
-    """Its batches. Workers end here also after an error: they ignore SIGTERM, so Python's end would wait for ever."""
+STOP = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")      # SLURM sends the last one before the first
+STOP_SIGNALS = [getattr(signal, name) for name in STOP if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def signals_noted(run):
+    """The first signal asks the run to save and stop after the step at hand; a second one does what
+    it always does."""
+    def note(number, frame):
+        run.signal = signal.Signals(number).name
+        signal.signal(number, before[number])
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker):
+    """A signal to the whole process group is for the loop: workers stay until it has saved."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def load(run, last):
+    """Batches of the steps run.step .. last - 1, prepared by workers."""
+    workers = worker_count(run.args)
+    loader = torch.utils.data.DataLoader(
+        run.batches, batch_size=None, sampler=range(run.step, last), num_workers=workers,
+        prefetch_factor=4 if workers else None, pin_memory=run.device.type == "cuda",
+        generator=torch.Generator(), worker_init_fn=ignore_signals)
     batches = iter(loader)
     try:
         yield from batches
     finally:
-        if loader.num_workers:
+        # Workers ignore the signals that Python sends them at its end, so after an error it would
+        # wait for ever. Torch has no public way to end them before their iterator is collected.
+        if workers:
             batches._shutdown_workers()
 
 
-def train(args, device, run):
-    """The loop, from run.step to the end (or --stop_after, or SIGTERM) -> the last step done."""
+def train(run):
+    """The loop, from run.step to the end, or to --stop_after, or to a signal."""
+    args = run.args
     last = min(args.steps, args.stop_after or args.steps)
     if run.step >= last:
-        return run.step
-    W, objective, step = world()[1], run.objective, run.step
-    wrapped = nn.parallel.DistributedDataParallel(objective) if W > 1 else objective
-    dtype, reason = precision(device)
-    peak = peak_flops(device)
-    say(f"{sum(p.numel() for p in objective.parameters()):,} parameters, vocabulary {run.tokenizer.size:,}, "
-        f"{W} process(es), {device}, {torch.get_num_threads()} threads, {dtype} because {reason}, "
-        f"matrix products reach {peak / 1e9:.0f} GFLOP/s")
-    log = Log(pathlib.Path(args.out) / "log.csv", step) if world()[0] == 0 else None
-    stopping = []
-    before = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    loader = torch.utils.data.DataLoader(
-        run.batches, batch_size=None, sampler=range(step, last), num_workers=args.workers,
-        prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda",
-        generator=torch.Generator(), worker_init_fn=outlive_sigterm)         # generator: else it draws from dropout's
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    bar = tqdm(total=args.steps, initial=step, disable=world()[0] > 0 or not sys.stderr.isatty(), unit="step")
-    objective.train()
-    bad_records, skipped, in_a_row, clock = BadRecords(world()[0]), 0, 0, time.perf_counter()
-    for batch in prepared(loader):
-        *batch, stats = batch
-        bad, too_many = bad_records.count(stats["bad_records"])
-        told = bad, stats["cut"], too_many
-        batch = to_device(batch, device)
-        row, skip, stop, spoiled = train_step(wrapped, objective, run.optimizer, batch, step, args, autocast, stopping,
-                                              told)
-        if spoiled:
-            save(run, step, args)
-            raise ValueError(f"{bad_records.message()}; saved {run.path} at step {step}")
-        step, skipped, in_a_row = step + 1, skipped + skip, in_a_row + 1 if skip else 0
-        now = time.perf_counter()
-        row |= {"skipped": skipped} | speed(objective, batch, now - clock, peak)
-        clock = now
-        if log:
-            log.write(row)
-        if step % args.log_every == 0 or step == last or skip:
-            say(line(row, args, math.log(run.tokenizer.size)))
-        bar.update()
-        if in_a_row == 10:
-            raise ValueError(f"loss or gradient was not finite in steps {step - 9} to {step}: lower --lr; "
-                             f"the last batch held {run.tokenizer.pieces(batch[0]['b'].token_ids[:20])} ...")
-        if step % args.save_every == 0 or step == last or stop:
-            save(run, step, args)
-        if stop or step == last < args.steps:
-            say(f"{'SIGTERM' if stop else '--stop_after'}: saved {run.path} at step {step}; the same command continues")
-            break
-    signal.signal(signal.SIGTERM, before)
-    bar.close()
-    return step
+        return
+    first = world()[0] == 0                                     # all compute, this one prints
+    log = Log(pathlib.Path(args.out) / "log.csv", run.step, run.objective) if first else None
+    bar = tqdm(total=args.steps, initial=run.step, disable=not first or not sys.stderr.isatty())
+    skipped_in_a_row = 0
+    clock = time.perf_counter()
+    run.objective.train()
+    with signals_noted(run), bar:
+        for *batch, stats in load(run, last):
+            batch = [to_device(stream, run.device) for stream in batch]
+            row, verdict = train_step(run, batch, stats, run.step)
+            if verdict.too_many_bad:
+                save(run)                                       # as it was before this step
+                raise ValueError(f"{run.bad_records.message()}; "
+                                 f"saved {run.path} at step {run.step}")
+            run.step += 1
+            skipped_in_a_row = 0 if verdict.finite else skipped_in_a_row + 1
+            run.skipped += not verdict.finite
+            row |= {"skipped": run.skipped} | speed(batch, time.perf_counter() - clock)
+            if log:
+                if args.validate_every and run.step % args.validate_every == 0:
+                    row |= run.objective.validate()
+                log.write(row)
+            if run.step % args.log_every == 0 or run.step == last or not verdict.finite:
+                say(line(row, run))
+            bar.update()
+            clock = time.perf_counter()
+            if skipped_in_a_row == 10:
+                tokens = " ".join(run.objective.tokenizer.pieces(batch[0]["b"].token_ids[:20]))
+                raise ValueError(f"loss or gradient was not finite in steps {run.step - 9} to "
+                                 f"{run.step}: lower --lr; the last batch held {tokens} ...")
+            if run.step % args.save_every == 0 or run.step == last or verdict.stop:
+                save(run)
+            if verdict.stop or run.step == last < args.steps:
+                why = (run.signal or "a signal") if verdict.stop else "--stop_after"
+                say(f"{why}: saved {run.path} at step {run.step}; the same command continues")
+                return
 
 
-def speed(objective, batch, seconds, peak):
-    """Throughput of one step on all processes, and the share of the measured matrix-product speed that it used."""
-    image, pair = batch
-    streams = [image, pair] if pair else [image]
-    words = sum(len(s.token_ids) for x in streams for s in (x["b"], x["masked"])) + (len(pair["a"].token_ids) if pair else 0)
-    fused, hidden = 4 * sum(len(x["b"].token_ids) for x in streams), sum(len(x["masked"].positions) for x in streams)
-    rows = 3 * sum(len(x["ids"]) for x in streams) + hidden
-    flops = step_flops(objective, len(image["ids"]), words, fused, rows, hidden)
-    sentences = world()[1] * len(pair["ids"]) if pair else 0
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if platform.system() == "Darwin" else 2 ** 10)
-    memory = torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else held
-    return {"seconds": f"{seconds:.4f}", "images_per_s": f"{world()[1] * len(image['ids']) / seconds:.1f}",
-            "sentences_per_s": f"{sentences / seconds:.1f}", "utilisation": f"{flops / seconds / peak:.3f}",
-            "memory_mb": f"{memory:.0f}"}
-
-
-def line(row, args, blind):
-    """One printed line; each loss beside its know-nothing value."""
-    streams = [f"{s}: contrast {row[s + '_contrast']:.2f}/{math.log(n):.2f} match {row[s + '_match']:.3f}/0.637 mask "
-               f"{row[s + '_mask']:.2f}/{blind:.2f}" for s, n in (("image", args.batch), ("text", args.text_batch))
-               if s + "_contrast" in row]
-    return (f"step {row['step']:5}/{args.steps} | {' | '.join(streams)} | gradient {row['norm_all']:.2f} | "
-            f"{float(row['images_per_s']):.0f} images/s {float(row['sentences_per_s']):.0f} pairs/s, "
-            f"{100 * float(row['utilisation']):.0f} % of peak, {row['memory_mb']} MB")
-
-
-def finish(args, device, run, step):
-    """Evaluates a finished run on the demo's test sets -> out/results.json and the table; rank 0 works, others wait."""
-    if args.images and world()[0] == 0:
-        say(f"step {step} of {args.steps} is done, {run.path} and log.csv are written; to measure recall: "
-            f"python evaluate.py retrieval --ckpt {run.path} --data FILE")
-    elif step == args.steps and args.eval and world()[0] == 0:
+def finish(run):
+    """Evaluates a finished run -> out/results.json and the table. Rank 0 works, the others wait."""
+    args = run.args
+    if run.step < args.steps or world()[0] > 0:
+        return
+    if not is_demo(args):
+        say(f"step {run.step} of {args.steps} is done, {run.path} and log.csv are written; to "
+            f"measure recall: python evaluate.py retrieval --ckpt {run.path} --data FILE")
+    elif args.eval:
         say("evaluating on the test sets ...")
-        report = evaluate.demo_report(run.objective.model, run.tokenizer, device, progress=sys.stderr.isatty())
-        pathlib.Path(args.out, "results.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        evaluate.print_table(report)
+        report = json.dumps(run.objective.report(), indent=1)
+        pathlib.Path(args.out, "results.json").write_text(report, encoding="utf-8")
         say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: "
             f'python search.py --ckpt {args.out}/ckpt.pt --images DIR "a dog"')
+
+
+# What torch says when another process or a worker has died: it has no exception for that.
+DIED = re.compile(r"(?i)worker \(pid|closed by peer|reset by peer|broken pipe|timed out|nccl")
 
 
 def main(argv=None):
@@ -521,24 +695,30 @@ def main(argv=None):
             pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
         run = prepare(args, device)
         if args.explain:
-            image, *_ = run.batches[0]
-            evaluate.explain(run.objective.model.eval(), run.tokenizer, to_device(image, device))
+            image = to_device(run.batches[0][0], device)
+            evaluate.explain(run.objective.model.eval(), run.objective.tokenizer, image)
         else:
-            finish(args, device, run, train(args, device, run))
+            train(run)
+            finish(run)
         status = 0
-    except (RuntimeError, ConnectionError) as error:                         # torch's words for a process that died
-        if not re.search(r"(?i)worker \(pid|closed by peer|reset by peer|broken pipe|timed out|nccl", str(error)):
+    except (RuntimeError, ConnectionError) as error:
+        if not DIED.search(str(error)):
             raise
-        status = data.fail(f"another process of this run died ({' '.join(str(error).split())[:160]}); the same "
-                              f"command continues from {args.out}/ckpt.pt")
+        reason = " ".join(str(error).split())[:160]
+        status = data.fail(f"another process of this run died ({reason}); the same command "
+                           f"continues from {args.out}/ckpt.pt")
     except (ValueError, OSError) as error:
         status = data.fail(error)
+    except KeyboardInterrupt:
+        status = data.fail("interrupted before the first step, or a second time: nothing was saved")
     if dist.is_initialized():
         if not status:
             dist.barrier()
             dist.destroy_process_group()
+        # Not by Python's own end: there gloo's threads, which outlive their group under DDP, can
+        # abort the process.
         sys.stdout.flush()
-        os._exit(status)      # not by Python's own end: gloo's threads outlive the group under DDP and can abort in it
+        os._exit(status)
     return status
 
 

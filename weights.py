@@ -118,10 +118,7 @@ def own_source(path, weights, config, tokenizer):
 def checkpoint_source(path, state):
     """The Source of a checkpoint that was read from `path`."""
     config = check_fields(state["config"]["model"], path)
-    title = path
-    if "text_fusion" in state:                                  # train.py --no-shared_fusion
-        title = f"{path} (without its second fusion encoder, text_fusion)"
-    return own_source(title, state["model"], config, state["tokenizer"])
+    return own_source(path, state["model"], config, state["tokenizer"])
 
 
 def read_source(path, every_second=False):
@@ -206,15 +203,19 @@ def import_sources(paths, changes=None, every_second=False, allow=()):
     lines.append(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
     lines.append(f"tokenizer: {'its own' if source.tokenizer else 'not found'}")
     weights |= made
-    config = {"model": asdict(config), "train": {"init": source.title}}
-    weights = {name: weights[name] for name in model.state_dict()}         # in the model's order
-    return {"model": weights, "step": 0, "tokenizer": source.tokenizer, "config": config}, lines
+    state = {"model": {name: weights[name] for name in model.state_dict()}, "step": 0,
+             "tokenizer": source.tokenizer,
+             "config": {"model": asdict(config), "train": {"init": source.title},
+                        "new": list(missing)}}                   # train.py's --new_lr is for these
+    return state, lines
 
 
 def initialise(model, source):
     """Loads a source into a new model -> a line about what came and what is new."""
-    weights, missing = adapt_to_model(source, model)
+    weights, missing = adapt_to_model(source, model, allow=["text_fusion.*"])
     model.load_state_dict(weights, strict=False)
+    if "text_fusion" in map(part, missing):                      # --no-shared_fusion: the same start
+        model.text_fusion.load_state_dict(model.fusion.state_dict())
     new = ", ".join(sorted(set(map(part, missing))))
     return f"{len(weights)} tensors from {source.title}; new: {new or 'nothing'}"
 
@@ -281,9 +282,9 @@ def export(path, folder):
     README.md, and text_encoder/, which transformers opens."""
     state = read_checkpoint(path, mmap=True)
     config = Config(**check_fields(state["config"]["model"], path))
-    if "text_fusion" in state:
-        raise ValueError(f"{path} has a second fusion encoder (text_fusion), and an export has no "
-                         f"place for it")
+    if not config.shared_fusion:
+        raise ValueError(f"{path} was trained with --no-shared_fusion: an export has no place for "
+                         f"its second fusion encoder")
     weights = dict(state["model"])
     if config.tied:
         del weights["mlm_head.weight"]                           # it is the word embedding

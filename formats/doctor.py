@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from formats import sources
 from formats.images import undecoded
-from formats.records import BROKEN, identity, reason
+from formats.records import BadRecord, identity, reading
 
 
 class Findings:
@@ -32,19 +32,21 @@ class Findings:
     def look(self, reader, i, rng):
         """Reads a record whole, the image to its last row."""
         try:
-            thing, said = reader.record(i)
-            if self.pairs and len(said) < 2:
-                raise ValueError(f"one language only ({' '.join(said)}), not two")
-            if not self.pairs:
-                with undecoded(thing) as image:
-                    image.draft("RGB", (1, 1))                               # an eighth of the rows and columns: faster
-                    image.load()
-                    self.formats[image.format] += 1
-            self.add(reader.where(i), thing, [(k, text) for k, group in said.items() for text in group], rng)
-        except BROKEN as error:
+            with reading(reader, i):
+                thing, said = reader.record(i)
+                if self.pairs and len(said) < 2:
+                    raise ValueError(f"one language only ({' '.join(said)}), not two")
+                if not self.pairs:
+                    with undecoded(thing) as image:
+                        image.draft("RGB", (1, 1))
+                        image.load()
+                        self.formats[image.format] += 1
+        except BadRecord as error:
             self.broken += 1
             if self.broken <= 10:
-                self.first_broken.append(f"{reader.where(i)}: {reason(error)}")
+                self.first_broken.append(str(error))
+            return
+        self.add(reader.where(i), thing, [(k, text) for k, group in said.items() for text in group], rng)
 
     def add(self, where, thing, texts, rng):
         self.good += 1
@@ -107,8 +109,8 @@ def doctor(arguments, encode, longest, cache, image_root):
     """Prints the findings of every source -> exit status: 1 if a record is broken. encode: text -> its tokens, or None;
     longest: how many of them training reads."""
     rng, broken = np.random.default_rng(0), 0
-    for argument, files, names, _ in sources.parse_all(arguments):
-        readers = sources.open_readers(files, names, None, None, cache, image_root)
+    for source in sources.parse_all(arguments):
+        argument, readers = source.argument, sources.open_readers(source, cache=cache, root=image_root)
         for kind in (True, False):                                           # a folder may hold both
             part = [r for r in readers if r.images == kind]
             if part:
@@ -126,12 +128,14 @@ def doctor(arguments, encode, longest, cache, image_root):
 def every_text(arguments, cache, most=2_000_000):
     """The texts of some sources in all languages alike; of many records every second, third ... Broken ones are passed
     over: the doctor names them."""
-    readers = [r for argument, files, names, _ in sources.parse_all(arguments)
-               for r in sources.open_readers(files, names, None, None, cache, None)]
+    readers = [r for source in sources.parse_all(arguments)
+               for r in sources.open_readers(source, cache=cache)]
     every = max(1, sum(map(len, readers)) // most)
     for reader in readers:
         for i in tqdm(range(0, len(reader), every), desc=reader.path, leave=False, disable=not sys.stderr.isatty()):
             try:
-                yield from (text for group in reader.texts(i).values() for text in group)
-            except BROKEN:
+                with reading(reader, i):
+                    texts = reader.texts(i)
+            except BadRecord:
                 continue
+            yield from (text for group in texts.values() for text in group)

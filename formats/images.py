@@ -194,6 +194,10 @@ def random_cut(image, size, rng):
     return Cut(pixels if pixels.nbytes < LARGE else resize(pixels, size), mirror < 0.5, dice)
 
 
+def train_transform(image, size, rng):
+    return train_images([random_cut(image, size, rng)], size)[0]
+
+
 def train_images(cuts, size):
     """Cuts -> their images as the model is trained on them, uint8 arrays (3, size, size). Several at a time: on
     its own between two decodings this takes longer, as if they drove its code out of the processor's cache."""

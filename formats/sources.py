@@ -1,262 +1,298 @@
-"""Your data: files, folders and globs -> the two streams of training.
+"""Your data: files, folders and globs -> the two datasets of training.
 
-A source is FILE, FOLDER or GLOB, then @en or @de,en where the file does not name its languages itself, then =WEIGHT
-where several share a stream: 'cc3m/*.tar@en=0.7'. Without weights they are read as one long list, each record once per
-epoch; with weights each source has its own epochs. What a file may hold: records.py.
+A source is FILE, FOLDER or GLOB, then @en or @de,en where the file does not name its languages, then
+=WEIGHT where several share a stream: 'cc3m/*.tar@en=0.7'. What a file may hold: records.py.
 
-    python data.py PATH ...     the doctor says what is there and what is wrong with it
+    python data.py PATH ...     the doctor: what is there and what is wrong with it
 """
 import bisect
 import collections
 import glob
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
-from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from formats import images
-from formats.records import (BROKEN, IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, ImageLines, PairLines,
-                             PlainText, Tar, identity, indexed, reason)
+from formats.records import (IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, ImageLines,
+                             PairLines, PlainText, Tar, identity, indexed, reading)
 
-# ------------------------------------------------------------------------------------------------------------------
+NAMED = (".tar", ".tsv", ".jsonl", ".json")     # any other suffix is the language of plain text
+
+
+# --------------------------------------------------------------------------------------------------
 # Arguments -> readers
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-NAMED = (".tar", ".tsv", ".jsonl", ".json")                     # any other suffix names the language of plain text
+class Source(NamedTuple):
+    argument: str                               # as the user wrote it
+    files: list
+    languages: tuple                            # of texts that come without one
+    weight: float | None
 
 
 def parse(argument):
-    """FILE|FOLDER|GLOB[@LANGUAGE[,LANGUAGE]][=WEIGHT] -> (files, languages, weight or None)."""
-    what, names, weight = (argument, None, None) if os.path.exists(argument) else re.fullmatch(
-        r"(.*?)(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument, re.S).groups()
+    """FILE|FOLDER|GLOB[@LANGUAGE[,LANGUAGE]][=WEIGHT] -> Source."""
+    what, names, weight = argument, None, None
+    if not os.path.exists(argument):            # a file may be called a@b=1
+        what, names, weight = re.fullmatch(r"(.*?)(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument,
+                                           re.DOTALL).groups()
     if os.path.isdir(what):
-        files = [entry.path for entry in os.scandir(what) if entry.is_file() and not entry.name.startswith((".", "_"))
-                 and (os.path.splitext(entry.name)[1].lower() in NAMED or entry.name.startswith("part-"))
-                 and not entry.name.endswith("_stats.json")]                 # img2dataset's, beside its tars
+        files = [entry.path for entry in os.scandir(what) if entry.is_file() and is_data(entry.name)]
+    elif os.path.isfile(what):
+        files = [what]                          # also where the name looks like a pattern
     else:
-        files = [what] if os.path.isfile(what) else [f for f in glob.glob(what, recursive=True) if os.path.isfile(f)]
+        files = [file for file in glob.glob(what, recursive=True) if os.path.isfile(file)]
     if not files:
-        raise ValueError(f"{argument}: no such file, and no folder or pattern that holds any (of plain text say "
-                         f"FOLDER/NAME.*)")
-    if weight is not None and not Fraction(weight):
+        raise ValueError(f"{argument}: no such file, and no folder or pattern that holds any "
+                         f"(of plain text say FOLDER/NAME.*)")
+    if weight and not float(weight):
         raise ValueError(f"{argument}: a weight must be more than 0")
-    return sorted(files), tuple(names.split(",")) if names else (), weight and Fraction(weight)
+    languages = tuple(names.split(",")) if names else ()
+    return Source(argument, sorted(files), languages, float(weight) if weight else None)
 
 
-def open_readers(files, names, kind, languages, cache, root):
-    """Files of one argument -> readers. kind: "images", "texts", or None to find out."""
-    found, plain = [], {}
-    for file in files:
-        stem, suffix = os.path.splitext(file)
-        if suffix.lower() == ".tar":
-            found.append(Tar(file, names, cache))
-        elif suffix.lower() == ".tsv":
-            found.append(Columns(file, names, cache))
-        elif suffix.lower() in ("", ".jsonl", ".json") or kind == "images":
-            lines = ImageLines(file, names, cache, root)
-            pairs = kind == "texts" or kind is None and len(lines) and not any(   # one broken line decides nothing
-                re.search(f'"({"|".join(IMAGE_KEYS)})" *:'.encode(), lines.line(i)) for i in range(min(9, len(lines))))
-            found.append(PairLines(file, names, cache) if pairs else lines)
-        else:
-            plain.setdefault(stem, {})[suffix[1:]] = file
-    for stem, group in plain.items():
-        found.append(PlainText(f"{stem}.*", {k: f for k, f in group.items() if k in (languages or group)}, cache))
-    for reader in found:
-        if kind and reader.images != (kind == "images"):
-            raise ValueError(f"{reader.path} holds {'images' if reader.images else 'no images'}: "
-                             f"give it to --{'images' if reader.images else 'texts'}")
-        if names and kind == "texts" and len(set(names)) != 2:
-            raise ValueError(f"{reader.path} is parallel text: name its two languages, as in FILE@de,en")
-    return found
-
-
-def with_languages(reader, languages, least, cache):
-    """Indices of the records with at least `least` of the languages, and of broken ones, from a file beside the index;
-    None: all of them."""
-    if not languages or isinstance(reader, PlainText):
-        return None
-
-    def scan(file, size):
-        for first in range(0, len(reader), 10_000):
-            yield size * first // len(reader), np.array([i for i in range(first, min(first + 10_000, len(reader)))
-                                                         if speaks(reader, i, languages) >= least], np.int64)
-
-    label = hashlib.sha1(repr((sorted(languages), least, reader.names)).encode()).hexdigest()[:8]
-    return indexed(reader.path, scan, cache, f".{label}")
-
-
-def speaks(reader, i, languages):
-    try:
-        return len(reader.texts(i).keys() & languages)
-    except BROKEN:
-        return 2                                                             # it will be counted as broken, not lost
+def is_data(name):
+    """Is this file of a folder one of ours? img2dataset writes _stats.json files beside its tars."""
+    if name.startswith((".", "_")) or name.endswith("_stats.json"):
+        return False
+    return name.startswith("part-") or os.path.splitext(name)[1].lower() in NAMED
 
 
 def parse_all(arguments):
-    """-> [(argument, files, languages, weight)]. train.en train.de, as a shell expands train.{en,de}, become one."""
+    """-> [Source]. A shell expands train.{en,de} to train.en train.de: these become one again."""
     merged = {}
     for number, argument in enumerate(arguments):
-        files, *rest = parse(argument)
-        stem, suffix = os.path.splitext(files[0])
-        plain = len(files) == 1 and suffix and suffix.lower() not in NAMED
-        merged.setdefault((stem, *rest) if plain else number, [argument, [], *rest])[1].extend(files)
+        source = parse(argument)
+        stem, suffix = os.path.splitext(source.files[0])
+        key = number
+        if len(source.files) == 1 and suffix and suffix.lower() not in NAMED:
+            key = stem, source.languages, source.weight
+        if key in merged:
+            merged[key].files.extend(source.files)
+        else:
+            merged[key] = source
     return list(merged.values())
 
 
-class Stream:
-    """Records of several arguments as one list. shares: [(first index, n, p, q)]: an argument with a weight takes p of
-    every q positions that those before it left."""
+def open_readers(source, kind=None, languages=(), cache=None, root=None):
+    """The files of a source -> readers. kind: "images", "texts" or None, which accepts both."""
+    readers = []
+    plain = {}                                  # NAME -> {language: file}
+    for file in source.files:
+        stem, suffix = os.path.splitext(file)
+        kind_of_file = suffix.lower()
+        if kind_of_file == ".tar":
+            readers.append(Tar(file, source.languages, cache))
+        elif kind_of_file == ".tsv":
+            readers.append(Columns(file, source.languages, cache))
+        elif kind_of_file in ("", ".jsonl", ".json") or kind == "images":
+            lines = ImageLines(file, source.languages, cache, root)
+            pairs = kind == "texts" or (kind is None and not names_images(lines))
+            readers.append(PairLines(file, source.languages, cache) if pairs else lines)
+        else:
+            plain.setdefault(stem, {})[suffix[1:]] = file
+    for stem, group in plain.items():
+        wanted = {k: file for k, file in group.items() if k in (languages or group)}
+        readers.append(PlainText(f"{stem}.*", wanted, cache))
+    for reader in readers:
+        check(reader, kind, source.languages)
+    return readers
 
-    def __init__(self, arguments, kind, languages=(), cache=None, root=None):
-        parsed, self.languages = parse_all(arguments), set(languages or ())
-        self.readers, self.kept, self.starts, self.shares, left = [], [], [0], [], Fraction(1)
-        if len({weight is None for *_, weight in parsed}) > 1:
-            raise ValueError("give every source a weight (FILE=0.7) or none")
-        total = sum(weight or 0 for *_, weight in parsed)
-        for argument, files, names, weight in parsed:
-            first = self.starts[-1]
-            for reader in open_readers(files, names, kind, self.languages, cache, root):
-                kept = with_languages(reader, self.languages, 1 if kind == "images" else 2, cache)
-                if not len(reader):
-                    raise ValueError(f"{reader.path} has no record; is it empty or cut off?")
-                self.readers.append(reader)
-                self.kept.append(kept)
-                self.starts.append(self.starts[-1] + len(reader if kept is None else kept))
-            if self.starts[-1] == first:
-                raise ValueError(f"{argument} has no record in {' '.join(sorted(self.languages))}; where it names no "
-                                 f"languages itself, say FILE@en or FILE@de,en")
-            if weight:
-                p, q = (weight / total / left).as_integer_ratio()
-                self.shares.append((first, self.starts[-1] - first, p, q))
-                left -= weight / total
-        self.shares = self.shares or [(0, len(self), 1, 1)]
+
+def names_images(lines):
+    """Does one of the first lines of a JSON-lines file have an image? One line may be broken."""
+    field = re.compile(f'"({"|".join(IMAGE_KEYS)})" *:'.encode())
+    return not len(lines) or any(field.search(lines.line(i)) for i in range(min(9, len(lines))))
+
+
+def check(reader, kind, names):
+    """ValueError on a file of the other kind and on parallel text without two languages."""
+    holds = "images" if reader.images else "texts"
+    if kind and holds != kind:
+        found = "images" if reader.images else "no images"
+        raise ValueError(f"{reader.path} holds {found}: give it to --{holds}")
+    if names and kind == "texts" and len(set(names)) != 2:
+        raise ValueError(f"{reader.path} is parallel text: name its two languages, as in FILE@de,en")
+
+
+# --------------------------------------------------------------------------------------------------
+# Datasets: len() and [index, rng] -> (image or sentence, sentence, id)
+# --------------------------------------------------------------------------------------------------
+
+class Files:
+    """The records of some sources as one list; with languages, only those that have them."""
+
+    def __init__(self, sources, kind, languages=(), cache=None, root=None):
+        self.languages = set(languages or ())
+        self.readers = []
+        self.kept = []                          # of each reader: indices of its records; None: all
+        for source in sources:
+            readers = open_readers(source, kind, self.languages, cache, root)
+            least = 1 if kind == "images" else 2
+            kept = [wanted(reader, self.languages, least, cache) for reader in readers]
+            self.readers += readers
+            self.kept += kept
+            if not sum(map(count, readers, kept)):
+                raise ValueError(f"{source.argument} has no record in "
+                                 f"{' '.join(sorted(self.languages))}; where it names no languages "
+                                 f"itself, say FILE@en or FILE@de,en")
+        self.starts = [0, *itertools.accumulate(map(count, self.readers, self.kept))]
 
     def __len__(self):
         return self.starts[-1]
-
-    def locate(self, position):
-        """A position in the stream -> (its position in the endless stream of one share, that share's first index and
-        its n records). A share's positions are evenly spaced."""
-        for first, n, p, q in self.shares:
-            before = position * p // q                                       # how many were this share's so far
-            if (position + 1) * p // q > before:
-                return before, first, n
-            position -= before
 
     def __getitem__(self, key):
         """(index, rng) -> what example() makes of that record; BadRecord."""
         index, rng = key
         k = bisect.bisect_right(self.starts, index) - 1
-        reader, kept, i = self.readers[k], self.kept[k], index - self.starts[k]
+        i = index - self.starts[k]
+        if self.kept[k] is not None:
+            i = int(self.kept[k][i])
+        with reading(self.readers[k], i):
+            return self.example(*self.readers[k].record(i), rng)
+
+    def usable(self, captions):
+        """Of {language: [texts]} the languages that training shall use."""
+        return [language for language in captions
+                if not self.languages or language in self.languages]
+
+
+def wanted(reader, languages, least, cache):
+    """Indices of the records that have `least` of the languages or more; None: all. Kept on disk,
+    like the index, as every record must be read to know its languages."""
+    if not len(reader):
+        raise ValueError(f"{reader.path} has no record; is it empty or cut off?")
+    if not languages or isinstance(reader, PlainText):
+        return None
+
+    def is_wanted(i):
         try:
-            i = i if kept is None else kept.read(i, 1)[0]
-            return self.example(*reader.record(i), rng)
-        except BROKEN as error:
-            raise BadRecord(f"{reader.where(i)}: {reason(error)}") from None
+            with reading(reader, i):
+                return len(reader.texts(i).keys() & languages) >= least
+        except BadRecord:
+            return True                         # training shall count it as bad
 
-    def spoken(self, said):
-        return [k for k in said if k in self.languages] if self.languages else list(said)
+    def scan(file, size):
+        for first in range(0, len(reader), 10_000):
+            block = range(first, min(first + 10_000, len(reader)))
+            yield size * first // len(reader), np.array(list(filter(is_wanted, block)), np.int64)
+
+    question = repr((sorted(languages), least, reader.names))
+    label = hashlib.sha1(question.encode()).hexdigest()[:8]
+    return indexed(reader.path, scan, cache, f".{label}")
 
 
-class Images(Stream):
-    blank = images.Cut(np.zeros((1, 1, 4), np.uint8), False, []), "", 0
+def count(reader, kept):
+    return len(reader) if kept is None else len(kept)
 
-    def __init__(self, arguments, size, languages=(), cache=None, root=None):
-        super().__init__(arguments, "images", languages, cache, root)
+
+class ImageFiles(Files):
+    """[index, rng] -> image (3, size, size) uint8, caption, id."""
+
+    def __init__(self, sources, size, languages=(), cache=None, root=None):
+        super().__init__(sources, "images", languages, cache, root)
         self.size = size
 
-    def example(self, picture, said, rng):
-        """-> Cut, one of its captions, id. The language is drawn first, uniformly (F3.3)."""
-        languages = self.spoken(said)
-        texts = said[languages[rng.integers(len(languages))]]
+    def example(self, picture, captions, rng):
+        """The language is drawn first, each with the same probability, then one of its captions."""
+        languages = self.usable(captions)
+        texts = captions[languages[rng.integers(len(languages))]]
         text = texts[rng.integers(len(texts))]
         with images.undecoded(picture) as image:
-            return images.random_cut(image, self.size, rng), text, identity(picture)
-
-    def finish(self, records):
-        """Records with a Cut -> the same with its image (3, size, size) uint8."""
-        cuts, *rest = zip(*records)
-        return list(zip(images.train_images(cuts, self.size), *rest))
+            return images.train_transform(image, self.size, rng), text, identity(picture)
 
 
-class Pairs(Stream):
-    blank = "", "", 0
+class PairFiles(Files):
+    """[index, rng] -> sentence a, sentence b, id."""
 
-    def __init__(self, arguments, languages=(), cache=None):
-        super().__init__(arguments, "texts", languages, cache)
+    def __init__(self, sources, languages=(), cache=None):
+        super().__init__(sources, "texts", languages, cache)
 
-    def example(self, raw, said, rng):
-        """-> sentence a, sentence b, id: two languages of those present. Which is a and which is b is a toss (F2.3)."""
-        languages = self.spoken(said)
+    def example(self, raw, captions, rng):
+        """Two languages of those that the record has. Which is a and which is b is random."""
+        languages = self.usable(captions)
         if len(languages) < 2:
-            raise ValueError(f"one language only ({' '.join(said)}), not two")
-        a, b = (said[languages[i]][rng.integers(len(said[languages[i]]))] for i in rng.permutation(len(languages))[:2])
-        return a, b, identity(raw)
+            raise ValueError(f"one language only ({' '.join(captions)}), not two")
+        pair = []
+        for k in rng.permutation(len(languages))[:2]:
+            texts = captions[languages[k]]
+            pair.append(texts[rng.integers(len(texts))])
+        return pair[0], pair[1], identity(raw)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad records
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class BadRecords:
-    """Bad records of a process: counted, the first ten named once; too many among the last thousand stop the run."""
+    """The bad records of a process: counted, the first ten named; too many stop the run."""
 
     def __init__(self, rank=0):
-        self.rank, self.window, self.named = rank, collections.deque(maxlen=WINDOW), set()
-        self.last = None
+        self.rank = rank
+        self.window = collections.deque(maxlen=WINDOW)          # of the last records: was it bad?
+        self.named = set()
+        self.last = "none, but in another process"
 
     def count(self, reasons):
-        """The records of a step ("" for a good one, why a bad one is bad) -> (how many are bad, shall the run stop?)."""
-        bad, stop = 0, False
+        """The records of a step ("" for a good one, why a bad one is bad) -> (how many are bad,
+        shall the run stop?)."""
+        stop = False
         for reason in reasons:
             self.window.append(bool(reason))
             if not reason:
                 continue
-            bad += 1
             self.last = reason
             stop = stop or sum(self.window) > TOLERATED
             if len(self.named) < 10 and reason not in self.named:
                 tqdm.write(f"process {self.rank}: skipped {reason}")
                 self.named.add(reason)
-        return bad, stop
+        return sum(map(bool, reasons)), stop
 
     def message(self):
-        return (f"more than {TOLERATED} of a process's last {WINDOW:,} records were bad, the last here: "
-                f"{self.last or 'none, but in another process'}; `python data.py FILES` names them all")
+        return (f"more than {TOLERATED} of a process's last {WINDOW:,} records were bad, the last "
+                f"here: {self.last}; `python data.py FILES` names them all")
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sets to evaluate on
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def evaluation_rows(name):
-    """A JSON-lines file with rows {"image": path beside the file,
-    "captions": {language: text or [texts]}} -> list of {"image": RGB image, "captions": {language: [text, ...]}, ...}.
-    ValueError with file and line on bad rows."""
-    path, rows = pathlib.Path(name), []
+    """A JSON-lines file with rows {"image": path beside the file, "captions": {language: text or
+    [texts]}} -> [{"image": RGB image, "captions": {language: [texts]}}]. ValueError with file and
+    line on a bad row."""
+    path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(f"{name!r} is neither a file nor a split of the demo (demo:test_style, ...)")
+    rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        where = f"{name} line {number}"
         try:
-            row = json.loads(line)
-            captions = {k: [t] if isinstance(t, str) else t for k, t in row["captions"].items()}
-            image = path.parent / row["image"]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(
-                f'{where}: expected {{"image": path, "captions": {{language: text or [texts]}}}}') from None
-        if not captions or not all(isinstance(texts, list) and texts and
-                                   all(isinstance(t, str) and t.strip() for t in texts) for texts in captions.values()):
-            raise ValueError(f"{where}: a caption is empty or not a text")
-        try:
-            rows.append({"image": images.open_image(image), "captions": captions})
+            rows.append(evaluation_row(line, path.parent))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{name} line {number}: {error}") from None
     if not rows:
         raise ValueError(f"{name} has no rows")
     return rows
+
+
+def evaluation_row(line, folder):
+    try:
+        row = json.loads(line)
+        path = folder / row["image"]
+        captions = {k: [texts] if isinstance(texts, str) else list(texts)
+                    for k, texts in row["captions"].items()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError('expected {"image": path, "captions": {language: text or [texts]}}') from None
+    for texts in captions.values():
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError("a caption is empty or not a text")
+    if not captions:
+        raise ValueError("a caption is empty or not a text")
+    return {"image": images.open_image(path), "captions": captions}

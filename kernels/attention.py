@@ -1,19 +1,22 @@
-"""Attention over packed sequences: no padding in the model, no mask, and many queries may share one memory.
+"""Attention over packed sequences: no padding in the model, and no mask.
 
-A batch of sequences is one long matrix of tokens and `starts` (B+1,): sequence i is rows starts[i]..starts[i+1].
+A batch of sequences is one long matrix of tokens and `starts` (B+1,): sequence i is rows
+starts[i]..starts[i+1].
 
-    attention(q, k, v, q_starts, k_starts, memory=None, bias=None) -> (T, H, d)
-        q (T, H, d); k, v (S, H, d); starts int32 on the tensors' device
-        memory (B,) or None    query sequence i attends to key sequence memory[i]; None: its own; -1: nothing, output 0
-        bias (H, N, N) or None BEiT-2's relative position bias, only where every sequence has N tokens
+    attention(q, k, v, q_starts, k_starts, bias=None) -> (T, H, d)
+        q (T, H, d); k, v (S, H, d); starts (B+1,) int32 on the tensors' device
+        query sequence i reads key sequence i; either may have length 0: output and gradient 0
+        bias (H, N, N) or None: BEiT-2's relative position bias, only where every sequence has N
+        tokens and reads itself
         softmax(q k^T / sqrt(d) + bias) v, for every head alone
 
-`memory` is what makes matching with hard negatives cheap: four fusion queries look at one encoded view, and its keys
-and values are neither projected nor stored four times. On a GPU the kernel never pads; on a CPU, where small matrix
-products are expensive, attention_torch pads, attends and unpads, and everything outside attention still runs on real
-tokens only.
+Many queries can read the same keys without a copy: put them side by side, as one longer query
+sequence, since a query does not see its neighbours (model.Fusion does it). On a GPU the kernel
+never pads. On a CPU, where small matrix products are expensive, attention_torch pads, attends and
+unpads, and everything outside attention still runs on real tokens only.
 
-Letters: B sequences, T query tokens, S key tokens, L longest, H heads, d width of a head.
+Letters: B sequences, T query tokens, S key tokens, Q and K longest query and key sequence of a
+bucket, H heads, d width of a head. The kernels are in kernels/attention_triton.py.
 """
 import math
 
@@ -21,93 +24,116 @@ import torch
 import torch.nn.functional as F
 
 from kernels import use_triton
-from kernels.packed import GatherRows, ScatterRows, offsets, gather_sequences
+from kernels.packed import GatherRows, ScatterRows, gather_sequences
 
-# ------------------------------------------------------------------------------------------------------------------
-# The torch version: group -> sort by length -> pad -> attend -> unpad
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The torch version: sort by length -> pad -> attend -> unpad
+# --------------------------------------------------------------------------------------------------
 
-BUCKETS = 4             # sentences of 4 and of 40 words in one padded batch: nine tenths of it would be padding
-
-
-def attention_torch(q, k, v, q_starts, k_starts, memory=None, bias=None):
-    """The contract above in torch. No key is ever copied: all queries that look at one memory are put side by side, as
-    if they were one longer query sequence, since a query does not see its neighbours."""
-    if memory is None:
-        return attend_buckets(q, k, v, q_starts, k_starts, bias)
-    lengths, order = q_starts.diff(), memory.argsort(stable=True)
-    rows, starts = gather_sequences(q_starts, order)                                                   # (T,): sorted by memory
-    nothing = int(starts[(memory < 0).sum()])                                              # queries of -1 come first
-    grouped = offsets(lengths.new_zeros(len(k_starts) - 1).index_add_(0, memory.clamp(min=0), lengths * (memory >= 0)))
-    sorted_q = GatherRows.apply(q, rows)
-    out = attend_buckets(sorted_q[nothing:], k, v, grouped, k_starts, bias)
-    return ScatterRows.apply(torch.cat([torch.zeros_like(sorted_q[:nothing]), out]), rows, len(q))
+# sentences of 4 and of 40 words in one padded batch: nine tenths of it would be padding
+BUCKETS = 4
 
 
-def attend_buckets(q, k, v, q_starts, k_starts, bias):
-    """Attention of sequence i to sequence i; ragged batches in buckets of similar lengths."""
-    q_lengths, k_lengths = q_starts.diff(), k_starts.diff()
-    B, Q, K = len(q_lengths), *(int(x.max()) if len(x) else 0 for x in (q_lengths, k_lengths))
-    if B * Q == len(q) and B * K == len(k):                                                # all alike: nothing to pad
-        return attend(q, k, v, None, None, None, (B, Q, K), bias)
-    order = (q_lengths + k_lengths).argsort(stable=True)
-    q_rows, k_rows = gather_sequences(q_starts, order)[0], gather_sequences(k_starts, order)[0]
-    q, k, v = GatherRows.apply(q, q_rows), GatherRows.apply(k, k_rows), GatherRows.apply(v, k_rows)    # sorted by length
-    outs, q_done, k_done = [], 0, 0
-    for chunk in order.chunk(BUCKETS):
-        (q_where, q_here, Q), (k_where, k_here, K) = (padded_rows(x[chunk]) for x in (q_lengths, k_lengths))
-        seen = torch.arange(K, device=q.device) < k_lengths[chunk, None]                   # (chunk, K): real keys
-        q_slice, k_slice = slice(q_done, q_done + q_here), slice(k_done, k_done + k_here)
-        outs.append(attend(q[q_slice], k[k_slice], v[k_slice], q_where, k_where, seen, (len(chunk), Q, K), None))
-        q_done, k_done = q_slice.stop, k_slice.stop
-    return ScatterRows.apply(torch.cat(outs), q_rows, len(q))
+def attention_torch(q, k, v, q_starts, k_starts, bias=None):
+    """The contract above in torch: ragged batches in buckets of similar lengths."""
+    q_lengths = q_starts.diff()                                          # (B,)
+    k_lengths = k_starts.diff()                                          # (B,)
+    B = len(q_lengths)
+    if B * longest(q_lengths) == len(q) and B * longest(k_lengths) == len(k):
+        return attend(Bucket(q_lengths, k_lengths, equal=True), q, k, v, bias)     # nothing to pad
+
+    # 1. Put the sequences in order of length, so that a bucket is one slice of rows.
+    order = (q_lengths + k_lengths).argsort(stable=True)                 # (B,)
+    q_rows, _ = gather_sequences(q_starts, order, len(q))                # (T,)
+    k_rows, _ = gather_sequences(k_starts, order, len(k))                # (S,)
+    q = GatherRows.apply(q, q_rows)
+    k = GatherRows.apply(k, k_rows)
+    v = GatherRows.apply(v, k_rows)
+
+    # 2. Attend bucket by bucket. split() and cat() are each other's backward: no copy of all rows
+    #    is made for a bucket.
+    buckets = [Bucket(q_lengths[part], k_lengths[part]) for part in order.chunk(BUCKETS)]
+    q_parts = q.split([bucket.q_rows for bucket in buckets])
+    k_parts = k.split([bucket.k_rows for bucket in buckets])
+    v_parts = v.split([bucket.k_rows for bucket in buckets])
+    outs = [attend(*part, None) for part in zip(buckets, q_parts, k_parts, v_parts)]
+
+    # 3. Rows go back to where they came from.
+    return ScatterRows.apply(torch.cat(outs), q_rows, len(q))            # (T, H, d)
 
 
-def padded_rows(lengths):
-    """lengths (B,) -> row of each token in the padded (B * longest) matrix, number of tokens, longest."""
-    longest = int(lengths.max())
-    row = torch.arange(longest, device=lengths.device)
-    where = (torch.arange(len(lengths), device=lengths.device)[:, None] * longest + row)[row < lengths[:, None]]
-    return where, len(where), longest
+def longest(lengths):
+    return int(lengths.max()) if len(lengths) else 0
 
 
-def attend(q, k, v, q_where, k_where, seen, shape, bias):
-    """Attention on the padded view. fp32 and fp64 take F.scaled_dot_product_attention; 16-bit types on a CPU a plain
-    product, softmax and product, which is 2 to 6 times faster there on sentences."""
-    (B, Q, K), H = shape, q.shape[1]
+class Bucket:
+    """Lengths of a few sequences, and where their rows lie in padded matrices (B * Q rows of
+    queries, B * K rows of keys). equal: every sequence has the longest length."""
+
+    def __init__(self, q_lengths, k_lengths, equal=False):
+        self.B = len(q_lengths)
+        self.Q = longest(q_lengths)
+        self.K = longest(k_lengths)
+        self.q_where = self.k_where = self.seen = None
+        if not equal:
+            real_queries = torch.arange(self.Q, device=q_lengths.device) < q_lengths[:, None]
+            real_keys = torch.arange(self.K, device=q_lengths.device) < k_lengths[:, None]
+            self.q_where = real_queries.flatten().nonzero()[:, 0]        # (T of the bucket,)
+            self.k_where = real_keys.flatten().nonzero()[:, 0]           # (S of the bucket,)
+            self.seen = real_keys                                        # (B, K)
+            self.q_rows = len(self.q_where)
+            self.k_rows = len(self.k_where)
+
+
+def pad(x, where, B, L):
+    """Rows of B sequences -> (B, H, L, d). where None: they are padded already."""
+    if where is not None:
+        x = ScatterRows.apply(x, where, B * L)
+    return x.view(B, L, *x.shape[1:]).transpose(1, 2)
+
+
+def attend(bucket, q, k, v, bias):
+    """Attention of a bucket's rows on the padded view. float32 and float64 take torch's
+    scaled_dot_product_attention. 16-bit types on a CPU take a plain product, softmax and product,
+    which is 2 to 6 times faster there on sentences."""
     if not len(q) or not len(k):
-        return q * 0 + (k.sum() + v.sum()) * 0                               # nobody asks, or nothing to see
-    def pad(x, where, L):
-        return (x if where is None else ScatterRows.apply(x, where, B * L)).view(B, L, H, -1).transpose(1, 2)
-    q, k, v = pad(q, q_where, Q), pad(k, k_where, K), pad(v, k_where, K)     # (B, H, L, d)
-    mask = bias if seen is None else seen[:, None, None]                     # (H, Q, K), or (B, 1, 1, K) bool
+        return q * 0 + (k.sum() + v.sum()) * 0           # no query, or no key: 0, with a gradient
+    H, d = q.shape[1:]
+    q = pad(q, bucket.q_where, bucket.B, bucket.Q)                       # (B, H, Q, d)
+    k = pad(k, bucket.k_where, bucket.B, bucket.K)                       # (B, H, K, d)
+    v = pad(v, bucket.k_where, bucket.B, bucket.K)                       # (B, H, K, d)
+    # which keys are real, for all heads and queries alike
+    seen = None if bucket.seen is None else bucket.seen[:, None, None]   # (B, 1, 1, K)
     if q.dtype in (torch.float32, torch.float64) or q.is_cuda:
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype))
+        mask = seen if bias is None else bias.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, mask)              # (B, H, Q, d)
     else:
-        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])    # (B, H, Q, K)
-        if mask is not None:
-            scores = scores + mask if seen is None else scores.masked_fill(~mask, -1e30)
-        out = scores.softmax(-1).to(q.dtype) @ v                             # (B, H, Q, d)
+        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])          # (B, H, Q, K)
+        if bias is not None:
+            scores = scores + bias
         if seen is not None:
-            out = out * seen.any(1)[:, None, None, None]                     # no key at all: 0, not a mean
-    out = out.transpose(1, 2).reshape(B * Q, H, -1)                          # (B * Q, H, d)
-    return out if q_where is None else GatherRows.apply(out, q_where)            # (T, H, d)
+            scores = scores.masked_fill(~seen, -1e30)
+        out = scores.softmax(-1).to(q.dtype) @ v                         # (B, H, Q, d)
+        if seen is not None:
+            out = out * seen.any(-1, keepdim=True)                       # no key: 0, not a mean
+    out = out.transpose(1, 2).reshape(-1, H, d)                          # (B * Q, H, d)
+    if bucket.q_where is None:
+        return out
+    return GatherRows.apply(out, bucket.q_where)                         # (T, H, d)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which one runs
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-def attention(q, k, v, q_starts, k_starts, memory=None, bias=None):
-    """The contract in the file's docstring, by the fastest path for the tensors' device (kernels.use_triton says
-    which). memory must stay below the number of key sequences: nothing checks it on a GPU. ValueError for a bias that
-    does not fit."""
-    if bias is not None and (memory is not None or not len(q) == len(k) == (len(q_starts) - 1) * bias.shape[1]):
-        raise ValueError(f"attention: a bias {tuple(bias.shape)} needs {len(q_starts) - 1} sequences of "
-                         f"{bias.shape[1]} tokens that attend to themselves (no memory), "
+def attention(q, k, v, q_starts, k_starts, bias=None):
+    """The contract in the file's docstring, by the fastest path for the tensors' device
+    (kernels.use_triton says which). Raises ValueError for a bias that does not fit."""
+    if bias is not None and not len(q) == len(k) == (len(q_starts) - 1) * bias.shape[1]:
+        raise ValueError(f"attention: a bias {tuple(bias.shape)} needs {len(q_starts) - 1} "
+                         f"sequences of {bias.shape[1]} tokens that attend to themselves, "
                          f"not {len(q)} queries and {len(k)} keys")
     if use_triton(q) and q.shape[2] % 16 == 0 and q.shape[2] <= 128:
         from kernels.attention_triton import attention_triton
-        return attention_triton(q, k, v, q_starts, k_starts, memory, bias)
-    return attention_torch(q, k, v, q_starts, k_starts, memory, bias)
+        return attention_triton(q, k, v, q_starts, k_starts, bias)
+    return attention_torch(q, k, v, q_starts, k_starts, bias)

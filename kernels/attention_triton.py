@@ -1,306 +1,369 @@
-"""Attention over packed sequences as Triton kernels: the contract of kernels/attention.py, without padding.
+"""Attention over packed sequences as Triton kernels: the contract of kernels/attention.py, without
+padding.
 
-The slow version pads every sequence to the longest, writes all scores of a head to memory, reads them for the softmax
-and writes them again for the product with the values. Three tricks remove all of it:
+The slow version pads every sequence to the longest, writes all scores of a head to memory, reads
+them for the softmax and writes them again for the product with the values. Two tricks remove it:
 
-  1. Blocks. One program takes QUERIES rows of one sequence and one head, and walks over that sequence's keys, KEYS at a
-     time. A sequence of 13 tokens costs one block, not the longest one's. The list of blocks is made on the device.
-  2. Online softmax. A running maximum, sum and mean: when a block of keys raises the maximum, what was summed so far is
-     scaled down to it. Scores live in registers only. Kept for the backward pass: one log-sum-exp per row.
-  3. Sharing turned inside out. `memory` says which keys a query sequence reads; its inverse, made once per call, says
-     who reads a key sequence. One program gathers the gradient of one block of keys from all its readers. No two
-     programs write the same number: no atomics, the same bits every time.
+  1. Blocks. One program takes QUERIES rows of one sequence and one head, and walks over that
+     sequence's keys, KEYS at a time. A sequence of 13 tokens costs one block, not the longest
+     one's. A program finds its sequence from `starts` alone (find_block): no list of blocks.
+  2. Online softmax. A running maximum, sum and mean: when a block of keys raises the maximum, what
+     was summed so far is scaled down to it. Scores live in registers only. Kept for the backward
+     pass: one log-sum-exp per row.
 
-Letters: B sequences, T query tokens, S key tokens, H heads, d width of a head (WIDTH: d rounded up to a power of two).
+In the backward pass a block of queries sums its own dq, and a block of keys its own dk and dv, from
+the queries of its sequence. No two programs write the same number: no atomics, the same bits every
+time. All exponents are of base 2.
+
+Letters: B sequences, T query tokens, S key tokens, H heads, d width of a head (WIDTH: d rounded up
+to a power of two).
 """
-from __future__ import annotations           # `tl.constexpr` in a signature is only a word until triton reads it
-
-import functools
 import math
 from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kernels import interpreting, load_triton, precision   # load_triton also brings tl, load_rows and narrow
+from kernels import interpreting
+from kernels.triton_common import (LN_2, LOG2_E, computing_types, load_rows, narrow, power_of_two,
+                                   store_rows)
+
+# --------------------------------------------------------------------------------------------------
+# Shared by the kernels
+# --------------------------------------------------------------------------------------------------
+
+SLICE = tl.constexpr(1024)          # starts that find_block compares at once
 
 
-# ------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def find_block(starts, B, ROWS: tl.constexpr):
+    """The sequence of this program's block of ROWS rows, its first row, and the sequence's bounds.
+
+    Sequence i's blocks have the numbers from starts[i] // ROWS + i on. That leaves room: from one
+    sequence to the next this number grows by at least ceil(length / ROWS). So T // ROWS + B
+    programs are enough, and no prefix sum over lengths is needed: a program's sequence is the last
+    one whose first number is not above its own. Spare programs get a first row at or past the end.
+    """
+    block = tl.program_id(0)
+    sequence = -1
+    for first in range(0, B, SLICE):
+        i = first + tl.arange(0, SLICE)
+        number = tl.load(starts + i, mask=i < B, other=0) // ROWS + i
+        sequence += tl.sum(((number <= block) & (i < B)).to(tl.int32), 0)
+    begin = tl.load(starts + sequence)
+    end = tl.load(starts + sequence + 1)
+    return sequence, begin + (block - begin // ROWS - sequence) * ROWS, begin, end
+
+
+@triton.jit
+def load_bias(bias, h, i, j, bias_row, SUM: tl.constexpr):
+    """Bias of head h for positions i and j (tiles that broadcast), in powers of 2. It is padded to
+    whole tiles, so it needs no mask."""
+    return LOG2_E * tl.load(bias + h * bias_row * bias_row + i * bias_row + j).to(SUM)
+
+
+# --------------------------------------------------------------------------------------------------
 # Forward
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-def forward_kernel(q, k, v, bias, out, lse, q_starts, k_starts, memory, block_sequence, block_row, B, T, q_row, q_head,
-                   k_row, k_head, v_row, v_head, out_row, bias_row, bias_head, d: tl.constexpr, WIDTH: tl.constexpr,
-                   SCALE: tl.constexpr, BIAS: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
-                   ROUND: tl.constexpr, PASSES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    i, h = tl.load(block_sequence + tl.program_id(0)), tl.program_id(1)
-    if i >= B:                                                                             # a block that was not needed
+@triton.jit(do_not_specialize=["B", "T"])
+def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_row,
+                   d: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+                   PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr,
+                   PASSES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    sequence, first_row, q_first, q_end = find_block(q_starts, B, QUERIES)
+    if first_row >= q_end:                                                   # a spare program
         return
-    rows = tl.load(block_row + tl.program_id(0)) + tl.arange(0, QUERIES)
-    real = rows < tl.load(q_starts + i + 1)
-    q_first = tl.load(q_starts + i)
-    m = tl.load(memory + i)
-    k_first = tl.load(k_starts + m, mask=m >= 0, other=0)                                  # memory -1: no keys
-    k_end = tl.load(k_starts + m + 1, mask=m >= 0, other=0)
-    queries = load_rows(q + h * q_head, rows, real, q_row, d, WIDTH, PRODUCT)
+    h = tl.program_id(1)
+    rows = first_row + tl.arange(0, QUERIES)
+    real = rows < q_end
+    k_first = tl.load(k_starts + sequence)
+    k_end = tl.load(k_starts + sequence + 1)
+    queries = load_rows(q + h * d, rows, real, row, d, WIDTH, PRODUCT)
+
     top = tl.full([QUERIES], float("-inf"), SUM)
     total = tl.zeros([QUERIES], SUM)
     mean = tl.zeros([QUERIES, WIDTH], SUM)
     for first in range(k_first, k_end, KEYS):
         columns = first + tl.arange(0, KEYS)
-        keys = load_rows(k + h * k_head, columns, columns < k_end, k_row, d, WIDTH, PRODUCT)
-        s = tl.dot(queries, keys.T, out_dtype=SUM, input_precision=PASSES) * SCALE        # scores in powers of 2
-        if BIAS:                                                                           # padded: needs no mask
-            s += 1.4426950408889634 * tl.load(bias + h * bias_head + (rows - q_first)[:, None] * bias_row
-                                              + (columns - k_first)[None, :]).to(SUM)
-        s = tl.where((columns < k_end)[None, :], s, float("-inf"))
+        valid = columns < k_end
+        keys = load_rows(k + h * d, columns, valid, row, d, WIDTH, PRODUCT)
+        s = tl.dot(queries, keys.T, out_dtype=SUM, input_precision=PASSES) * SCALE
+        if BIAS:
+            s += load_bias(bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
+                           bias_row, SUM)
+        s = tl.where(valid[None, :], s, float("-inf"))
+        # The new maximum; what was summed under the old one shrinks by their difference.
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        values = load_rows(v + h * v_head, columns, columns < k_end, v_row, d, WIDTH, PRODUCT)
-        mean = tl.dot(narrow(p, PRODUCT, ROUND), values, mean * shrink[:, None], out_dtype=SUM, input_precision=PASSES)
+        values = load_rows(v + h * d, columns, valid, row, d, WIDTH, PRODUCT)
+        mean = tl.dot(narrow(p, PRODUCT, ROUND), values, mean * shrink[:, None], out_dtype=SUM,
+                      input_precision=PASSES)
         top = new_top
+
+    # A sequence without keys: output 0, and lse = inf, so that the backward pass finds p = 0.
     total_or_1 = tl.where(total == 0, 1.0, total)
-    mean = mean / total_or_1[:, None]                                                      # no keys: 0
-    tl.store(lse + h * T + rows, tl.where(total == 0, float("inf"), top + tl.log2(total_or_1)), mask=real)
-    columns = tl.arange(0, WIDTH)
-    tl.store(out + h * d + rows.to(tl.int64)[:, None] * out_row + columns[None, :], narrow(mean, PRODUCT, ROUND),
-             mask=real[:, None] & (columns < d)[None, :])
+    own_lse = tl.where(total == 0, float("inf"), top + tl.log2(total_or_1))
+    tl.store(lse + h * T + rows, own_lse, mask=real)
+    mean = narrow(mean / total_or_1[:, None], PRODUCT, ROUND)
+    store_rows(out + h * d, mean, rows, real, row, d, WIDTH)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Backward: with p = softmax and delta = <out, gradient>,  ds = p (<gradient, v> - delta). p is computed again from
-# lse, so nothing of size (L, S) was kept. A query block gathers its own dq; a key block gathers its own dk and dv from
-# ALL query sequences that attend to it: no two programs write one number.
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Backward: with p = softmax and delta = <out, gradient>,  ds = p (<gradient, v> - delta). p is
+# computed again from lse, so nothing of size (T, S) was kept.
+# --------------------------------------------------------------------------------------------------
 
-def dq_kernel(q, k, v, bias, out, gradient, lse, delta, dq, q_starts, k_starts, memory, block_sequence, block_row, B, T,
-              q_row, q_head, k_row, k_head, v_row, v_head, out_row, bias_row, bias_head, d: tl.constexpr,
-              WIDTH: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
-              ROUND: tl.constexpr, PASSES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    i, h = tl.load(block_sequence + tl.program_id(0)), tl.program_id(1)
-    if i >= B:
+@triton.jit(do_not_specialize=["B", "T"])
+def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, B, T, row, bias_row,
+              d: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+              PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr, PASSES: tl.constexpr,
+              QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    sequence, first_row, q_first, q_end = find_block(q_starts, B, QUERIES)
+    if first_row >= q_end:
         return
-    rows = tl.load(block_row + tl.program_id(0)) + tl.arange(0, QUERIES)
-    real = rows < tl.load(q_starts + i + 1)
-    q_first = tl.load(q_starts + i)
-    m = tl.load(memory + i)
-    k_first = tl.load(k_starts + m, mask=m >= 0, other=0)
-    k_end = tl.load(k_starts + m + 1, mask=m >= 0, other=0)
-    queries = load_rows(q + h * q_head, rows, real, q_row, d, WIDTH, PRODUCT)
-    g = load_rows(gradient + h * d, rows, real, out_row, d, WIDTH, PRODUCT)
-    own_delta = tl.sum(load_rows(out + h * d, rows, real, out_row, d, WIDTH, SUM) * g.to(SUM), 1)
-    own_lse = tl.load(lse + h * T + rows, mask=real, other=float("inf"))                   # inf: p = 0
+    h = tl.program_id(1)
+    rows = first_row + tl.arange(0, QUERIES)
+    real = rows < q_end
+    k_first = tl.load(k_starts + sequence)
+    k_end = tl.load(k_starts + sequence + 1)
+    queries = load_rows(q + h * d, rows, real, row, d, WIDTH, PRODUCT)
+    g = load_rows(gradient + h * d, rows, real, row, d, WIDTH, PRODUCT)
+    own_out = load_rows(out + h * d, rows, real, row, d, WIDTH, SUM)
+    own_delta = tl.sum(own_out * g.to(SUM), 1)
+    own_lse = tl.load(lse + h * T + rows, mask=real, other=float("inf"))     # inf: p = 0
+
     total = tl.zeros([QUERIES, WIDTH], SUM)
     for first in range(k_first, k_end, KEYS):
         columns = first + tl.arange(0, KEYS)
-        keys = load_rows(k + h * k_head, columns, columns < k_end, k_row, d, WIDTH, PRODUCT)
-        values = load_rows(v + h * v_head, columns, columns < k_end, v_row, d, WIDTH, PRODUCT)
+        valid = columns < k_end
+        keys = load_rows(k + h * d, columns, valid, row, d, WIDTH, PRODUCT)
+        values = load_rows(v + h * d, columns, valid, row, d, WIDTH, PRODUCT)
         s = tl.dot(queries, keys.T, out_dtype=SUM, input_precision=PASSES) * SCALE
         if BIAS:
-            s += 1.4426950408889634 * tl.load(bias + h * bias_head + (rows - q_first)[:, None] * bias_row
-                                              + (columns - k_first)[None, :]).to(SUM)
-        p = tl.where((columns < k_end)[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
+            s += load_bias(bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
+                           bias_row, SUM)
+        p = tl.where(valid[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
         dp = tl.dot(g, values.T, out_dtype=SUM, input_precision=PASSES)
-        if k_end - k_first <= KEYS:                                                        # all keys are at hand: delta
-            own_delta = tl.sum(p * dp, 1)                                                  # without the rounding of out
+        if k_end - k_first <= KEYS:
+            # All keys are at hand: <out, gradient> = sum p dp, without the rounding of out.
+            own_delta = tl.sum(p * dp, 1)
         ds = p * (dp - own_delta[:, None])
-        total = tl.dot(narrow(ds, PRODUCT, ROUND), keys, total, out_dtype=SUM, input_precision=PASSES)
-    tl.store(delta + h * T + rows, own_delta, mask=real)                                   # for the other two kernels
-    columns = tl.arange(0, WIDTH)
-    tl.store(dq + h * d + rows.to(tl.int64)[:, None] * out_row + columns[None, :],
-             narrow(total * (SCALE * 0.6931471805599453), PRODUCT, ROUND), mask=real[:, None] & (columns < d)[None, :])
+        total = tl.dot(narrow(ds, PRODUCT, ROUND), keys, total, out_dtype=SUM,
+                       input_precision=PASSES)
+
+    tl.store(delta + h * T + rows, own_delta, mask=real)                     # for dkv and dbias
+    total = narrow(total * (SCALE * LN_2), PRODUCT, ROUND)
+    store_rows(dq + h * d, total, rows, real, row, d, WIDTH)
 
 
-def dkv_kernel(q, k, v, bias, gradient, lse, delta, dk, dv, q_starts, k_starts, readers, reader_bounds, block_sequence,
-               block_row, B, T, q_row, q_head, k_row, k_head, v_row, v_head, out_row, bias_row, bias_head,
-               d: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, PRODUCT: tl.constexpr,
-               SUM: tl.constexpr, ROUND: tl.constexpr, PASSES: tl.constexpr, QUERIES: tl.constexpr,
-               KEYS: tl.constexpr):
-    j, h = tl.load(block_sequence + tl.program_id(0)), tl.program_id(1)
-    if j >= B:
+@triton.jit(do_not_specialize=["B", "T"])
+def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, B, T, row, bias_row,
+               d: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+               PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr, PASSES: tl.constexpr,
+               QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """One block of keys and values stays in registers; the queries of its sequence pass by."""
+    sequence, first_row, k_first, k_end = find_block(k_starts, B, KEYS)
+    if first_row >= k_end:
         return
-    rows = tl.load(block_row + tl.program_id(0)) + tl.arange(0, KEYS)
-    real = rows < tl.load(k_starts + j + 1)
-    k_first = tl.load(k_starts + j)
-    keys = load_rows(k + h * k_head, rows, real, k_row, d, WIDTH, PRODUCT)
-    values = load_rows(v + h * v_head, rows, real, v_row, d, WIDTH, PRODUCT)
+    h = tl.program_id(1)
+    rows = first_row + tl.arange(0, KEYS)
+    real = rows < k_end
+    q_first = tl.load(q_starts + sequence)
+    q_end = tl.load(q_starts + sequence + 1)
+    keys = load_rows(k + h * d, rows, real, row, d, WIDTH, PRODUCT)
+    values = load_rows(v + h * d, rows, real, row, d, WIDTH, PRODUCT)
+
     key_total = tl.zeros([KEYS, WIDTH], SUM)
     value_total = tl.zeros([KEYS, WIDTH], SUM)
-    for reader in range(tl.load(reader_bounds + j), tl.load(reader_bounds + j + 1)):
-        i = tl.load(readers + reader)
-        q_first, q_end = tl.load(q_starts + i), tl.load(q_starts + i + 1)
-        for first in range(q_first, q_end, QUERIES):                                       # tiles are (KEYS, QUERIES)
-            columns = first + tl.arange(0, QUERIES)
-            valid = columns < q_end
-            queries = load_rows(q + h * q_head, columns, valid, q_row, d, WIDTH, PRODUCT)
-            g = load_rows(gradient + h * d, columns, valid, out_row, d, WIDTH, PRODUCT)
-            s = tl.dot(keys, queries.T, out_dtype=SUM, input_precision=PASSES) * SCALE
-            if BIAS:
-                s += 1.4426950408889634 * tl.load(bias + h * bias_head + (columns - q_first)[None, :] * bias_row
-                                                  + (rows - k_first)[:, None]).to(SUM)
-            p = tl.exp2(s - tl.load(lse + h * T + columns, mask=valid, other=float("inf"))[None, :])
-            p = tl.where(real[:, None], p, 0.0)
-            value_total = tl.dot(narrow(p, PRODUCT, ROUND), g, value_total, out_dtype=SUM, input_precision=PASSES)
-            ds = p * (tl.dot(values, g.T, out_dtype=SUM, input_precision=PASSES)
-                      - tl.load(delta + h * T + columns, mask=valid, other=0.0)[None, :])
-            key_total = tl.dot(narrow(ds, PRODUCT, ROUND), queries, key_total, out_dtype=SUM, input_precision=PASSES)
-    columns = tl.arange(0, WIDTH)
-    where = h * d + rows.to(tl.int64)[:, None] * out_row + columns[None, :]
-    mask = real[:, None] & (columns < d)[None, :]
-    tl.store(dk + where, narrow(key_total * (SCALE * 0.6931471805599453), PRODUCT, ROUND), mask=mask)
-    tl.store(dv + where, narrow(value_total, PRODUCT, ROUND), mask=mask)
+    for first in range(q_first, q_end, QUERIES):
+        # Everything is transposed here: rows of a tile are keys, columns are queries.
+        columns = first + tl.arange(0, QUERIES)
+        valid = columns < q_end
+        queries = load_rows(q + h * d, columns, valid, row, d, WIDTH, PRODUCT)
+        g = load_rows(gradient + h * d, columns, valid, row, d, WIDTH, PRODUCT)
+        s = tl.dot(keys, queries.T, out_dtype=SUM, input_precision=PASSES) * SCALE
+        if BIAS:
+            s += load_bias(bias, h, (columns - q_first)[None, :], (rows - k_first)[:, None],
+                           bias_row, SUM)
+        # p again from the forward pass's log-sum-exp; a query that is not real has lse = inf.
+        their_lse = tl.load(lse + h * T + columns, mask=valid, other=float("inf"))
+        p = tl.where(real[:, None], tl.exp2(s - their_lse[None, :]), 0.0)
+        # dv = p^T g: every query hands its gradient to the values it averaged.
+        value_total = tl.dot(narrow(p, PRODUCT, ROUND), g, value_total, out_dtype=SUM,
+                             input_precision=PASSES)
+        # dk = ds^T q, with ds = p (<g, v> - delta)
+        their_delta = tl.load(delta + h * T + columns, mask=valid, other=0.0)
+        dp = tl.dot(values, g.T, out_dtype=SUM, input_precision=PASSES)
+        ds = p * (dp - their_delta[None, :])
+        key_total = tl.dot(narrow(ds, PRODUCT, ROUND), queries, key_total, out_dtype=SUM,
+                           input_precision=PASSES)
+
+    key_total = narrow(key_total * (SCALE * LN_2), PRODUCT, ROUND)
+    store_rows(dk + h * d, key_total, rows, real, row, d, WIDTH)
+    store_rows(dv + h * d, narrow(value_total, PRODUCT, ROUND), rows, real, row, d, WIDTH)
 
 
-def dbias_kernel(q, k, v, bias, gradient, lse, delta, dbias, starts, B, T, q_row, q_head, k_row, k_head, v_row, v_head,
-                 out_row, bias_row, bias_head, d: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
-                 PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr, PASSES: tl.constexpr,
-                 QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """One program per tile of one head's bias: the sum of ds over all B sequences, in their order."""
+@triton.jit(do_not_specialize=["B", "T"])
+def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias, B, T, row,
+                 bias_row, d: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
+                 BIAS: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr,
+                 PASSES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """One program per tile of one head's bias: the sum of ds over all B sequences, in their order.
+    """
     h = tl.program_id(2)
     i = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     j = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    b = 1.4426950408889634 * tl.load(bias + h * bias_head + i[:, None] * bias_row + j[None, :]).to(SUM)
+    b = load_bias(bias, h, i[:, None], j[None, :], bias_row, SUM)
     total = tl.zeros([QUERIES, KEYS], SUM)
     for sequence in range(B):
-        first, end = tl.load(starts + sequence), tl.load(starts + sequence + 1)
-        rows, columns = first + i, first + j
-        queries = load_rows(q + h * q_head, rows, rows < end, q_row, d, WIDTH, PRODUCT)
-        keys = load_rows(k + h * k_head, columns, columns < end, k_row, d, WIDTH, PRODUCT)
+        first = tl.load(q_starts + sequence)
+        end = tl.load(q_starts + sequence + 1)
+        rows = first + i
+        columns = first + j
+        queries = load_rows(q + h * d, rows, rows < end, row, d, WIDTH, PRODUCT)
+        keys = load_rows(k + h * d, columns, columns < end, row, d, WIDTH, PRODUCT)
         s = tl.dot(queries, keys.T, out_dtype=SUM, input_precision=PASSES) * SCALE + b
-        p = tl.exp2(s - tl.load(lse + h * T + rows, mask=rows < end, other=float("inf"))[:, None])
-        p = tl.where((columns < end)[None, :], p, 0.0)
-        g = load_rows(gradient + h * d, rows, rows < end, out_row, d, WIDTH, PRODUCT)
-        values = load_rows(v + h * v_head, columns, columns < end, v_row, d, WIDTH, PRODUCT)
-        ds = tl.dot(g, values.T, out_dtype=SUM, input_precision=PASSES)
-        total += p * (ds - tl.load(delta + h * T + rows, mask=rows < end, other=0.0)[:, None])
-    tl.store(dbias + h * bias_head + i[:, None] * bias_row + j[None, :], total)            # padded as bias is
+        own_lse = tl.load(lse + h * T + rows, mask=rows < end, other=float("inf"))
+        p = tl.where((columns < end)[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
+        g = load_rows(gradient + h * d, rows, rows < end, row, d, WIDTH, PRODUCT)
+        values = load_rows(v + h * d, columns, columns < end, row, d, WIDTH, PRODUCT)
+        dp = tl.dot(g, values.T, out_dtype=SUM, input_precision=PASSES)
+        own_delta = tl.load(delta + h * T + rows, mask=rows < end, other=0.0)
+        total += p * (dp - own_delta[:, None])
+    where = h * bias_row * bias_row + i[:, None] * bias_row + j[None, :]
+    tl.store(dbias + where, total)                                           # padded as bias is
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Launching
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-TILES = {       # (16-bit, wider than 64): {kernel: (QUERIES, KEYS, warps, stages)}; none spills on sm_80 or sm_90
-    (True, False): dict(forward=(64, 64, 4, 2), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2), dbias=(64, 64, 4, 2)),
-    (True, True): dict(forward=(64, 32, 4, 2), dq=(64, 32, 4, 2), dkv=(16, 64, 4, 2), dbias=(64, 32, 4, 2)),
-    (False, False): dict(forward=(16, 32, 4, 2), dq=(16, 32, 4, 2), dkv=(16, 32, 4, 2), dbias=(16, 32, 4, 2)),
-    (False, True): dict(forward=(16, 16, 4, 1), dq=(16, 32, 4, 2), dkv=(16, 16, 4, 2), dbias=(16, 32, 8, 1)),
+# (16-bit, wider than 64): {kernel: (QUERIES, KEYS, warps, stages)}. None spills on sm_80 or sm_90:
+# `python -m kernels.bench` compiles every entry. Sentences are short: a block of 128 queries,
+# faster on long sequences, would be nine tenths empty here.
+TILES = {
+    (True, False): {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2),
+                    "dkv": (32, 64, 4, 2), "dbias": (64, 64, 4, 2)},
+    (True, True): {"forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2),
+                   "dkv": (16, 64, 4, 2), "dbias": (64, 32, 4, 2)},
+    (False, False): {"forward": (16, 32, 4, 2), "dq": (16, 32, 4, 2),
+                     "dkv": (16, 32, 4, 2), "dbias": (16, 32, 4, 2)},
+    (False, True): {"forward": (16, 16, 4, 1), "dq": (16, 32, 4, 2),
+                    "dkv": (16, 16, 4, 2), "dbias": (16, 32, 8, 1)},
 }
+BIAS_MULTIPLE = 128                 # a bias is padded to a multiple of every tile
 
 
-def tiles(kernel: str, dtype, width: int) -> dict:
-    """`python -m kernels.bench` compiles every entry and reports registers and spills. Sentences are short: a block of
-    128 queries, faster on long sequences, would be nine tenths empty here."""
+def tile_sizes(kernel: str, dtype, width: int) -> dict:
     if interpreting():
-        return dict(QUERIES=128, KEYS=128)                                                 # fewest NumPy calls
+        return {"QUERIES": 128, "KEYS": 128}                                 # fewest NumPy calls
     queries, keys, warps, stages = TILES[dtype.itemsize == 2, width > 64][kernel]
-    return dict(QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
+    return {"QUERIES": queries, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
-@functools.cache
-def load_kernels():
-    load_triton(globals(), "forward_kernel", "dq_kernel", "dkv_kernel", "dbias_kernel")
-
-
-def blocks(starts, rows: int, size: int):
-    """Cuts every sequence into blocks of `size` rows without asking the device for a length: rows / size + B blocks are
-    always enough. -> each block's sequence (B: not needed) and first row, int32."""
-    B = len(starts) - 1
-    count = (starts.diff() + size - 1) // size                                             # (B,)
-    ends = count.cumsum(0)
-    block = torch.arange(-(-rows // size) + B, device=starts.device)
-    sequence = torch.searchsorted(ends, block, right=True)
-    i = sequence.clamp(max=B - 1)
-    return sequence.int(), (starts[i] + (block - ends[i] + count[i]) * size).int()
-
-
-def common(kernel, q, k, v, bias):
-    """What all four kernels are given, and the tile sizes."""
-    d, bias_row = q.shape[2], 0
+def arguments(q, k, v, q_starts, k_starts, bias) -> dict:
+    """What all four kernels are given. A bias is padded, so that tiles need no mask."""
+    d = q.shape[2]
+    bias_row = 0
     if bias is not None:
-        bias = F.pad(bias, 2 * (0, -bias.shape[1] % 128)).contiguous()                     # tiles then need no mask
+        missing = -bias.shape[1] % BIAS_MULTIPLE
+        bias = F.pad(bias, (0, missing, 0, missing)).contiguous()
         bias_row = bias.shape[1]
-    width = max(16, 1 << (d - 1).bit_length())
-    return dict(q=q, k=k, v=v, bias=q if bias is None else bias, T=len(q), q_row=q.stride(0), q_head=q.stride(1),
-                k_row=k.stride(0), k_head=k.stride(1), v_row=v.stride(0), v_head=v.stride(1), out_row=q.shape[1] * d,
-                bias_row=bias_row, bias_head=bias_row ** 2, d=d, WIDTH=width, SCALE=math.log2(math.e) / math.sqrt(d),
-                **precision(q.dtype), **tiles(kernel, q.dtype, width), enable_fp_fusion=True)
+    return {
+        "q": q, "k": k, "v": v, "q_starts": q_starts, "k_starts": k_starts,
+        "bias": q if bias is None else bias,                                 # q: not read
+        "B": len(q_starts) - 1, "T": len(q), "row": q.shape[1] * d, "bias_row": bias_row,
+        "d": d, "WIDTH": power_of_two(d), "SCALE": math.log2(math.e) / math.sqrt(d),
+        "BIAS": bias is not None, "enable_fp_fusion": True, **computing_types(q.dtype),
+    }
 
 
-# custom_op and not triton_op: torch.compile takes the op as it is, so a test in the interpreter covers it. Through
-# triton_op it would trace into the kernels, which interpreted kernels do not allow, and find nothing to fuse them with.
+def blocks(rows: int, B: int, size: int) -> int:
+    """Programs for `rows` rows of B sequences in blocks of `size`: see find_block."""
+    return rows // size + B
+
+
+# custom_op and not triton_op: torch.compile takes the op as it is, so a test in the interpreter
+# covers it. Through triton_op it would trace into the kernels, which interpreted kernels do not
+# allow, and find nothing to fuse them with.
 
 @torch.library.custom_op("cclm::attention", mutates_args=())
-def attention_op(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, memory: Tensor,
+def attention_op(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor,
                  bias: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     """-> out (T, H, d), log2-sum-exp2 of the scores (H, T)"""
-    load_kernels()
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
-    same = common("forward", q, k, v, bias)
-    sequence, row = blocks(q_starts, len(q), same["QUERIES"])
-    forward_kernel[len(sequence), q.shape[1]](out=out, lse=lse, q_starts=q_starts, k_starts=k_starts, memory=memory,
-        block_sequence=sequence, block_row=row, B=len(q_starts) - 1, BIAS=bias is not None, **same)
+    T, H, d = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    sizes = tile_sizes("forward", q.dtype, d)
+    grid = (blocks(T, len(q_starts) - 1, sizes["QUERIES"]), H)
+    forward_kernel[grid](out=out, lse=lse, **arguments(q, k, v, q_starts, k_starts, bias), **sizes)
     return out, lse
 
 
 @torch.library.custom_op("cclm::attention_backward", mutates_args=())
-def attention_backward_op(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_starts: Tensor,
-                          k_starts: Tensor, memory: Tensor,
-                          bias: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    load_kernels()
-    H, (dq, dk, dv), delta = q.shape[1], (x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(lse)
-    saved = dict(gradient=gradient.contiguous(), lse=lse, delta=delta)
-    same = common("dq", q, k, v, bias)
-    sequence, row = blocks(q_starts, len(q), same["QUERIES"])
-    dq_kernel[len(sequence), H](out=out, dq=dq, q_starts=q_starts, k_starts=k_starts, memory=memory,
-        block_sequence=sequence, block_row=row, B=len(q_starts) - 1, BIAS=bias is not None, **saved, **same)
-    same = common("dkv", q, k, v, bias)
-    sequence, row = blocks(k_starts, len(k), same["KEYS"])
-    readers = memory.argsort(stable=True)                                                  # who reads key sequence j:
-    bounds = torch.searchsorted(memory[readers], torch.arange(len(k_starts), dtype=memory.dtype, device=q.device))
-    dkv_kernel[len(sequence), H](dk=dk, dv=dv, q_starts=q_starts, k_starts=k_starts, readers=readers.int(),
-        reader_bounds=bounds.int(), block_sequence=sequence, block_row=row, B=len(k_starts) - 1, BIAS=bias is not None,
-        **saved, **same)
+def attention_backward_op(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor,
+                          k_starts: Tensor, bias: Optional[Tensor], out: Tensor,
+                          lse: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv, dbias (empty without a bias)"""
+    H, d = q.shape[1:]
+    B = len(q_starts) - 1
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    shared = arguments(q, k, v, q_starts, k_starts, bias)
+    shared |= {"gradient": gradient.contiguous(), "lse": lse, "delta": torch.empty_like(lse)}
+
+    # dq first: it also fills delta.
+    sizes = tile_sizes("dq", q.dtype, d)
+    dq_kernel[blocks(len(q), B, sizes["QUERIES"]), H](out=out, dq=dq, **shared, **sizes)
+    sizes = tile_sizes("dkv", q.dtype, d)
+    dkv_kernel[blocks(len(k), B, sizes["KEYS"]), H](dk=dk, dv=dv, **shared, **sizes)
     if bias is None:
         return dq, dk, dv, lse.new_empty(0)
-    same = common("dbias", q, k, v, bias)
-    dbias = torch.empty_like(same["bias"], dtype=lse.dtype)                                # (H, padded N, padded N)
-    grid = (len(dbias[0]) // same["QUERIES"], len(dbias[0]) // same["KEYS"], H)
-    dbias_kernel[grid](dbias=dbias, starts=q_starts, B=len(q_starts) - 1, **saved, **same)
-    return dq, dk, dv, dbias[:, :bias.shape[1], :bias.shape[1]].to(bias.dtype, copy=True)
+    sizes = tile_sizes("dbias", q.dtype, d)
+    dbias = torch.empty_like(shared["bias"], dtype=lse.dtype)                # (H, padded, padded)
+    padded = shared["bias_row"]
+    grid = (padded // sizes["QUERIES"], padded // sizes["KEYS"], H)
+    dbias_kernel[grid](dbias=dbias, **shared, **sizes)
+    N = bias.shape[1]
+    return dq, dk, dv, dbias[:, :N, :N].to(bias.dtype, copy=True)
 
 
 @attention_op.register_fake
-def _(q, k, v, q_starts, k_starts, memory, bias):
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+def _(q, k, v, q_starts, k_starts, bias):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype)
 
 
 @attention_backward_op.register_fake
-def _(gradient, q, k, v, out, lse, q_starts, k_starts, memory, bias):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, lse.new_empty(0) if bias is None else bias))
+def _(gradient, q, k, v, q_starts, k_starts, bias, out, lse):
+    dbias = lse.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def save(ctx, inputs, output):
-    q, k, v, q_starts, k_starts, memory, bias = inputs
-    ctx.save_for_backward(q, k, v, *output, q_starts, k_starts, memory, bias)
+    ctx.save_for_backward(*inputs, *output)
 
 
 def backward(ctx, gradient, _):
-    dq, dk, dv, dbias = attention_backward_op(gradient, *ctx.saved_tensors)
-    return dq, dk, dv, None, None, None, None if ctx.saved_tensors[-1] is None else dbias
+    saved = ctx.saved_tensors                   # once: checkpointing unpacks each tensor only once
+    dq, dk, dv, dbias = attention_backward_op(gradient, *saved)
+    bias = saved[5]
+    return dq, dk, dv, None, None, None if bias is None else dbias
 
 
 attention_op.register_autograd(backward, setup_context=save)
 
 
-def attention_triton(q, k, v, q_starts, k_starts, memory=None, bias=None):
+def attention_triton(q, k, v, q_starts, k_starts, bias=None):
     """The contract of kernels.attention, by the kernels. d: a multiple of 16, at most 128."""
     if len(q) == 0 or len(k) == 0:
         return q * 0 + (k.sum() + v.sum()) * 0
-    q, k, v = (x.to(q.dtype) if x.stride(2) == 1 else x.to(q.dtype).contiguous() for x in (q, k, v))
-    if memory is None:
-        memory = torch.arange(len(q_starts) - 1, device=q.device)
-    return attention_op(q, k, v, q_starts, k_starts, memory.int(), bias)[0]
+    q = q.contiguous()
+    k = k.to(q.dtype).contiguous()
+    v = v.to(q.dtype).contiguous()
+    return attention_op(q, k, v, q_starts, k_starts, bias)[0]

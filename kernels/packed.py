@@ -1,7 +1,8 @@
 """Packed batches: sequences of different lengths as one matrix of tokens, without padding.
 
-Sequence i is rows starts[i]..starts[i+1] (flash-attention calls starts cu_seqlens). Here are the few operations on
-such batches that torch lacks: lengths to starts, some sequences of many, rows to and from a larger matrix.
+Sequence i is rows starts[i]..starts[i+1] (flash-attention calls starts cu_seqlens). Here are the
+few operations on such batches that torch lacks: lengths to starts, some sequences of many, rows to
+and from a larger matrix.
 
 Letters: B sequences, T tokens.
 """
@@ -10,17 +11,20 @@ import torch.nn.functional as F
 
 
 class ScatterRows(torch.autograd.Function):
-    """Rows of x to the unique rows `where` of a zero matrix. The backward of such a copy is a plain look-up; torch's
-    own indexing would add, which is slower, and on several CPU threads not even the same twice."""
+    """Rows of x to the unique rows `where` of a zero matrix. The backward of such a copy is a plain
+    look-up. torch's own indexing would add: slower, and on several CPU threads the order of the
+    sum changes from run to run."""
 
     @staticmethod
     def forward(ctx, x, where, rows):
         ctx.save_for_backward(where)
-        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, where, x)                   # (T, ...) -> (rows, ...)
+        out = x.new_zeros(rows, *x.shape[1:])
+        return out.index_copy_(0, where, x)                              # (T, ...) -> (rows, ...)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+        where, = ctx.saved_tensors
+        return gradient.index_select(0, where), None, None               # (rows, ...) -> (T, ...)
 
 
 class GatherRows(torch.autograd.Function):
@@ -30,12 +34,13 @@ class GatherRows(torch.autograd.Function):
     def forward(ctx, x, where):
         ctx.save_for_backward(where)
         ctx.rows = x.shape[0]
-        return x.index_select(0, where)                                                    # (rows, ...) -> (T, ...)
+        return x.index_select(0, where)                                  # (rows, ...) -> (T, ...)
 
     @staticmethod
     def backward(ctx, gradient):
         where, = ctx.saved_tensors
-        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy_(0, where, gradient), None
+        out = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
+        return out.index_copy_(0, where, gradient), None                 # (T, ...) -> (rows, ...)
 
 
 def offsets(lengths):
@@ -43,9 +48,14 @@ def offsets(lengths):
     return F.pad(lengths.cumsum(0), (1, 0)).int()
 
 
-def gather_sequences(starts, index):
-    """Sequences `index` (Q,) of a packed batch, in that order, repeats allowed -> (rows (T',) int64, starts (Q+1,))."""
-    lengths = starts.diff()[index]
-    new = offsets(lengths)
-    shift = torch.repeat_interleave(starts[index] - new[:-1], lengths)       # host sync: how many rows there are
-    return torch.arange(len(shift), device=starts.device) + shift, new
+def gather_sequences(starts, index, total=None):
+    """Sequences `index` (Q,) of a packed batch, in that order, repeats allowed.
+
+    Returns their rows (T',) int64 in the batch, and their own starts (Q+1,) int32. total: T', where
+    the caller knows it. A GPU is asked for it otherwise, and the host waits for the answer."""
+    lengths = starts.diff()[index]                                       # (Q,)
+    new_starts = offsets(lengths)                                        # (Q+1,)
+    # row r of the result, in sequence q, is row starts[index[q]] + (r - new_starts[q]) of the batch
+    shift = starts[index] - new_starts[:-1]                              # (Q,)
+    shift = torch.repeat_interleave(shift, lengths, output_size=total)   # (Q,) -> (T',)
+    return torch.arange(len(shift), device=starts.device) + shift, new_starts

@@ -1,4 +1,5 @@
 """A user's mistake gives one line that says what, where and what to do, and exit status 2; never a traceback."""
+import dataclasses
 import json
 import os
 import pathlib
@@ -75,7 +76,7 @@ def test_a_malicious_pickle_is_not_run(tmp_path, capsys):
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, capsys, tokenizer):
     model = CCLM(build("demo", width=32, vocabulary=tokenizer.size))
     weights.write_checkpoint(tmp_path / "a.pt", {"model": model.state_dict(), "step": 1, "tokenizer": tokenizer.model,
-                                                 "config": {"model": {"width": 32}, "train": {}}})
+                                                 "config": {"model": dataclasses.asdict(model.config), "train": {}}})
     flags = ["--out", str(tmp_path), "--init", str(tmp_path / "a.pt"), "--width", "64"]
     refused(capsys, lambda: train.main(flags), "a.pt", "does not fit", "(32,", "(64,")
 
@@ -102,7 +103,7 @@ def test_results_have_the_documented_form(tmp_path):
     """out/results.json of a finished run, as other tools read it."""
     tokenizer = data.demo_tokenizer(4000)
     model = CCLM(build("demo", width=32, vocabulary=tokenizer.size))
-    report = json.loads(json.dumps(evaluate.demo_report(model, tokenizer, "cpu", sets=("test_concept",))))
+    report = json.loads(json.dumps(evaluate.demo_report(model, tokenizer, sets=("test_concept",))))
     for scores in (report["test_concept"]["hi"], report["groups"]["test_concept"]["never"]):
         for key in ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10",
                     "reranked_t2i_r1", "reranked_i2t_r1", "matched_t2i_r1", "matched_i2t_r1", "n"):

@@ -58,7 +58,7 @@ def parts(tokenizer, world, step):
     """One step's image-text and parallel batches, the processes' parts put together, as comparable lists."""
     out = []
     for rank in range(world):
-        b = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 8, 12, seed=1, rank=rank, world=world)[step]
+        b = data.Batches(tokenizer, data.Stream(data.DemoImages(), 8), data.Stream(data.DemoParallel(), 12), 1, rank, world)[step]
         for stream in b[:2]:
             for s in (stream["b"], stream.get("a", stream["b"])):
                 out.append([s.token_ids[i:j].tolist() for i, j in zip(s.starts[:-1], s.starts[1:])])
@@ -74,7 +74,7 @@ def test_the_data_are_the_same_at_any_number_of_processes(tokenizer):
 
 
 def test_the_data_are_the_same_with_workers(tokenizer):
-    batches = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 4, 4, seed=1)
+    batches = data.Batches(tokenizer, data.Stream(data.DemoImages(), 4), data.Stream(data.DemoParallel(), 4), seed=1)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(2, 6), num_workers=2)
     for step, (image, pair, _) in zip(range(2, 6), loader):
         assert (torch.equal(image["images"], batches[step][0]["images"]) and
@@ -83,7 +83,7 @@ def test_the_data_are_the_same_with_workers(tokenizer):
 
 def test_singles_of_a_batch_are_different_concepts_within_an_epoch():
     images = data.DemoImages()
-    alone = [i for i in (data.example_at(p, len(images), 0, 0)[1] for p in range(len(images))) if i < len(images.ids)]
+    alone = [i for i in (data.example_at(p, len(images), 0, 0)[1] for p in range(len(images))) if i < len(images.concepts)]
     assert sorted(alone) == list(range(439))
 
 
@@ -109,5 +109,5 @@ def test_test_sets_are_what_the_readme_says():
 def test_a_pair_is_one_language_with_images_and_one_without_in_either_role():
     source = data.DemoParallel(languages=["en"], others=["ja"])
     found = {source[0, data.generator(seed)][:2] for seed in range(20)}
-    said = tuple(emoji.caption([source.ids[0]], language) for language in ("en", "ja"))
+    said = tuple(emoji.caption([source.concepts[0]], language) for language in ("en", "ja"))
     assert found == {said, said[::-1]}

@@ -86,7 +86,7 @@ def test_the_tokenizer_command_makes_one_that_reads_the_texts(tmp_path, capsys):
     assert data.main(["tokenizer", "--texts", str(folder / "train.*"), "--vocab", "300", "--out", str(out)]) == 0
     made = data.Tokenizer(out.read_bytes())
     text = samples.PHRASES["de"].format(7)
-    assert made.pieces.decode([i - 1 for i in made.encode(text)[1:-1]]) == text
+    assert made.processor.decode([i - 1 for i in made.encode(text)[1:-1]]) == text
     assert "no 9,000 pieces" not in capsys.readouterr().out
     assert data.main(["tokenizer", "--texts", str(folder / "train.*"), "--vocab", "9000", "--out", str(out)]) == 0
     assert "hold no 9,000 pieces" in capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path):
     """200,000 pairs beside 2,000, each in a process of its own; the full sizes are bench_data.py memory's."""
     code = """if 1:
         import resource, sys, data
-        source = data.Pairs([sys.argv[1]])
+        source = data.pair_files([sys.argv[1]])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         n = len(source)
         for position in range(3000):

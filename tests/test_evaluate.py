@@ -48,7 +48,7 @@ def one_pair(model, tokenizer, image, text):     # (cosine, match logit, sum) wi
     b = model.encode_text(words, starts, None)
     pixels = torch.from_numpy(images.eval_transform(image, model.config.image_size).copy())[None]
     a = model.encode_image(images.normalise(pixels), None)
-    fused = model.fuse(b.states, b.starts, a.states, a.starts)
+    fused = model.fuse(b, a, torch.tensor([0]), torch.tensor([0]))
     cosine, (no, yes) = float(a.vectors @ b.vectors.T), model.itm_head(fused[0]).tolist()
     return cosine, yes, cosine / model.temperature.item() + (yes - no) / 4
 

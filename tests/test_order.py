@@ -1,7 +1,6 @@
 """Every example exactly once per epoch, in one sequence, at any number of processes and workers and after any resume;
 bad records are replaced by the next good ones and counted."""
 import collections
-import contextlib
 import itertools
 
 import numpy as np
@@ -15,13 +14,10 @@ from formats.records import BadRecord
 
 
 class Numbers:
-    """A source whose record i is the number i; some are bad."""
-    blank = "", "", -1
+    """A dataset whose record i is the number i; some are bad."""
 
-    def __init__(self, n, bad=(), shares=None):
+    def __init__(self, n, bad=()):
         self.n, self.bad = n, set(bad)
-        if shares:
-            self.shares, self.locate = shares, lambda position: sources.Stream.locate(self, position)
 
     def __len__(self):
         return self.n
@@ -37,7 +33,7 @@ def stream(source, tokenizer, batch, steps, world=1, workers=0):
     """Ids of the examples of the second stream in the order of their positions, and what was told of records."""
     found = {}
     for rank in range(world):
-        batches = data.Batches(tokenizer, None, source, batch, batch, seed=3, rank=rank, world=world)
+        batches = data.Batches(tokenizer, None, data.Stream(source, batch), seed=3, rank=rank, world=world)
         loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers)
         for step, (_, pair, stats) in zip(steps, loader):
             found[step, rank] = pair["ids"].tolist(), stats["bad_records"], pair["b"].token_ids.tolist()
@@ -66,28 +62,49 @@ def test_every_number_of_workers_gives_the_same_sequence_from_every_resume_point
 
 
 def test_streams_of_other_lengths_run_at_their_own_pace(tokenizer):
-    batches = data.Batches(tokenizer, None, Numbers(6), 4, 9, seed=0)
+    batches = data.Batches(tokenizer, data.Stream(data.DemoImages(), 4), data.Stream(Numbers(6), 9), seed=0)
     ids = [i for step in range(4) for i in batches[step][1]["ids"].tolist()]
     assert all(sorted(ids[k * 6:k * 6 + 6]) == list(range(6)) for k in range(6))
 
 
-@pytest.mark.parametrize("weights", [["0.7", "0.3"], ["1", "1", "2"], ["0.05", "0.9", "0.05"]])
-def test_weights_give_each_source_its_share_and_its_own_epochs(tmp_path, weights):
+def test_limits_of_a_stream_hold_for_its_sentences_and_masks(tokenizer):
+    class Long(Numbers):
+        def __getitem__(self, key):
+            return "word " * 50, "word " * 50, key[0]
+
+    batches = data.Batches(tokenizer, None, data.Stream(Long(9), 4, 12, 0.9, 3), seed=0)
+    _, pair, stats = batches[0]
+    for sentences in (pair["a"], pair["b"]):
+        assert sentences.starts.diff().tolist() == [12] * 4
+    assert len(pair["masked"].positions) == 3 * 4 and stats["cut"] == 8
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [1, 1, 2], [0.05, 0.9, 0.05], [1, 1, 1]])
+def test_weights_give_each_source_its_share_and_its_own_epochs(weights):
     sizes = [11, 5, 8][:len(weights)]
-    for k, n in enumerate(sizes):
-        (tmp_path / f"{k}.tsv").write_text("".join(f"{k}\t{i}\n" for i in range(n)))
-    source = sources.Pairs([f"{tmp_path}/{k}.tsv={w}" for k, w in enumerate(weights)])
-    total, starts, sequence = sum(map(float, weights)), [0, *itertools.accumulate(sizes)], collections.defaultdict(list)
+    mixture = data.Mixture([Numbers(n) for n in sizes], weights)
+    batches = data.Batches(None, None, data.Stream(mixture, 1), seed=1)
+    starts = [0, *itertools.accumulate(sizes)]
+    sequence = collections.defaultdict(list)
     for position in range(2000):
-        place, first, n = source.locate(position)
-        index = first + data.example_at(place, n, 1, 0)[1]
+        index = batches.key(1, position)[2]
         k = max(k for k in range(len(sizes)) if starts[k] <= index)
+        assert mixture[index, np.random.default_rng(0)][2] == index - starts[k]
         sequence[k].append(index - starts[k])
         for j, weight in enumerate(weights):                                 # at every point, not only at last
-            assert abs(len(sequence[j]) - (position + 1) * float(weight) / total) < len(weights)
+            assert abs(len(sequence[j]) - (position + 1) * weight / sum(weights)) < len(weights)
     for k, n in enumerate(sizes):
         for epoch in range(len(sequence[k]) // n):
             assert sorted(sequence[k][epoch * n:(epoch + 1) * n]) == list(range(n))
+
+
+def test_weighted_files_become_a_mixture_and_half_of_the_weights_are_refused(tmp_path):
+    for k in range(2):
+        (tmp_path / f"{k}.tsv").write_text(f"{k}\t{k}\n" * 3)
+    mixture = data.pair_files([f"{tmp_path}/0.tsv=3", f"{tmp_path}/1.tsv=1"])
+    assert mixture.counts == [750, 250] and len(mixture) == 6 and mixture[4, data.generator(0)][:2] == ("1", "1")
+    with pytest.raises(ValueError, match="a weight .* or none"):
+        data.pair_files([f"{tmp_path}/0.tsv=3", f"{tmp_path}/1.tsv"])
 
 
 def test_a_bad_record_is_replaced_by_the_next_good_one_and_counted_exactly(tokenizer):
@@ -122,10 +139,18 @@ def test_the_first_ten_bad_records_are_named_once(capsys):
     assert [said.count(f"record-{name};") for name in range(12)] == [1] * 10 + [0] * 2 and count == 16
 
 
-def test_a_source_of_bad_records_alone_stops_at_once_with_a_batch_of_the_same_size(tokenizer):
-    item = data.Batches(tokenizer, None, Numbers(20, range(20)), 4, 4, seed=0)[0]
-    assert item[1]["ids"].tolist() == [-1] * 4
-    assert sources.BadRecords().count(item[2]["bad_records"])[1]
+def test_eleven_bad_records_in_a_row_repeat_the_last_good_one_and_stop(tokenizer):
+    batches = data.Batches(tokenizer, None, data.Stream(Numbers(20, range(5, 20)), 4), seed=0)
+    reasons = []
+    assert batches.read_or_replace((1, 0, 3), reasons)[2] == 3
+    assert batches.read_or_replace((1, 0, 5), reasons)[2] == 3
+    assert len(reasons) == 12 and sources.BadRecords().count(reasons) == (11, True)
+
+
+def test_bad_records_alone_are_refused_in_one_line(tokenizer):
+    batches = data.Batches(tokenizer, None, data.Stream(Numbers(20, range(20)), 4), seed=0)
+    with pytest.raises(ValueError, match="the first 11 records were bad, the last: record"):
+        batches[0]
 
 
 @pytest.mark.parametrize("languages", [["de"], ["en", "ja"], ["xx"]])
@@ -136,10 +161,10 @@ def test_a_language_filter_keeps_exactly_the_records_that_speak_it(tmp_path, lan
     expected = [i for i, row in enumerate(rows) if set(row["captions"]) & set(languages)]
     if not expected:
         with pytest.raises(ValueError, match="no record in xx"):
-            sources.Images([path], 32, languages)
+            data.image_files([path], 32, languages)
         return
-    source = sources.Images([path], 32, languages)
-    assert [int(i) for i in source.kept[0].read(0, len(source))] == expected
+    source = data.image_files([path], 32, languages)
+    assert [source.kept[0][i] for i in range(len(source))] == expected
     drawn = {source[i, data.generator(i, k)][1] for i in range(len(source)) for k in range(12)}
     assert drawn == {text for row in rows for k, text in row["captions"].items() if k in languages}
 
@@ -147,33 +172,13 @@ def test_a_language_filter_keeps_exactly_the_records_that_speak_it(tmp_path, lan
 def test_languages_are_drawn_uniformly_and_then_their_captions(tmp_path):
     """F3.3: one caption in German weighs as much as the three in English together."""
     row = {"image": samples.base64.b64encode(samples.jpeg(0)).decode(), "captions": {"en": ["a", "b", "c"], "de": "d"}}
-    source = sources.Images([samples.lines(tmp_path / "a.jsonl", [row])], 32)
+    source = data.image_files([samples.lines(tmp_path / "a.jsonl", [row])], 32)
     drawn = collections.Counter(source[0, data.generator(0, i)][1] for i in range(600))
     assert abs(drawn["d"] / 600 - 1 / 2) < 0.07 and all(abs(drawn[k] / 600 - 1 / 6) < 0.06 for k in "abc")
 
 
 def test_equal_images_have_one_id_and_others_have_another(tmp_path):
     rows = [{"image": samples.base64.b64encode(samples.jpeg(i // 2)).decode(), "caption": f"{i}"} for i in range(6)]
-    source = sources.Images([samples.lines(tmp_path / "a.jsonl", rows)], 32)
+    source = data.image_files([samples.lines(tmp_path / "a.jsonl", rows)], 32)
     ids = [source[i, np.random.default_rng(0)][2] for i in range(6)]
     assert ids[0] == ids[1] and ids[2] == ids[3] and len(set(ids)) == 3
-
-
-def test_images_finished_together_are_those_finished_alone_also_around_bad_records(tmp_path):
-    rows = [{"image": samples.base64.b64encode(samples.jpeg(i)).decode()[: -40 if i % 7 == 3 else None],
-             "caption": f"{i}"} for i in range(37)]
-    source = sources.Images([samples.lines(tmp_path / "a.jsonl", rows)], 48)
-    told, alone = [], []
-    batches = data.Batches(None, source, None, 37, 0, seed=5)
-    together = list(batches.examples(1, 0, told))
-    for p in range(37, 74):
-        epoch, index = data.example_at(p, 37, 5, 0)
-        for i in range(index, index + 2):
-            with contextlib.suppress(BadRecord):
-                rng = data.generator(5, 0, epoch, index)
-                alone += [(*record, rng) for record in source.finish([source[i % 37, rng]])]
-                break
-    assert len(together) == len(alone) == 37 and len([why for why in told if why]) == sum(i % 7 == 3 for i in range(37))
-    for (image, *rest, rng), (image_alone, *rest_alone, rng_alone) in zip(together, alone):
-        assert image.shape == (3, 48, 48) and np.array_equal(image, image_alone) and rest == rest_alone
-        assert rng.random() == rng_alone.random()                            # masking goes on from here

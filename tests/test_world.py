@@ -34,23 +34,24 @@ def worker(out, dtype, spm):
                        vision_layers=1, text_layers=1, fusion_layers=2, vocabulary=tokenizer.size)).to(dtype)
     with torch.no_grad():
         model.itm_head[-1].weight.normal_(std=0.2)
-    objective = train.Objective(model, args)
-    plain = losses.cross_view
+    class GivenNegatives(train.Pretraining):
+        """The objective with this process's share of given negatives, in place of drawn ones."""
+        def losses(self, model, a, b, masked_b, batch, seed):
+            B = len(batch["ids"])
+            given = given_wrong(B * W)[rank * B:(rank + 1) * B]
+            given = torch.where(given < 0, given, given - rank * B)
+            masked = losses.MaskedText(masked_b.states, batch["masked"].positions, batch["masked"].labels)
+            return losses.cross_view(model, a, b, masked, seed, (given, given), self.options)
 
-    def cross_view(model, a, b, *rest, **options):                           # this process's share of given partners
-        B = len(a.ids)
-        wrong = given_wrong(B * W)[rank * B:(rank + 1) * B]
-        wrong = torch.where(wrong < 0, wrong, wrong - rank * B)
-        return plain(model, a, b, *rest, negatives=(wrong, wrong), **options)
-    train.cross_view = cross_view
-    image, pair, _ = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 8, 16, seed=3, rank=rank, world=W)[0]
+    objective = GivenNegatives(model, tokenizer, args)
+    streams = data.Stream(data.DemoImages(), 8), data.Stream(data.DemoParallel(), 16)
+    image, pair, _ = data.Batches(tokenizer, *streams, seed=3, rank=rank, world=W)[0]
     image["ids"][:] = torch.arange(rank * (8 // W), (rank + 1) * (8 // W)) // 3      # some are the same thing
-    plain_normalise = train.normalise
-    train.normalise = lambda images: plain_normalise(images).to(dtype)
+    image["images"] = image["images"].to(dtype)
     wrapped = torch.nn.parallel.DistributedDataParallel(objective) if W > 1 else objective
-    got = wrapped(image, pair, seed=1)
-    got["loss"].backward()
-    values = {f"{s} {n}": losses.all_reduce(got[s][n]) / W for s in ("image", "text") for n in ("contrast", "match", "mask")}
+    loss, numbers = wrapped(image, pair, seed=1)
+    loss.backward()
+    values = {name: losses.all_reduce(numbers[name]) / W for name in objective.chance}
     if rank == 0:
         torch.save({"losses": values, "gradients": {n: p.grad for n, p in objective.named_parameters()}}, out)
     if W > 1:

@@ -101,7 +101,7 @@ def bench_images(args):
 def compare(name, raws, rounds):
     """Pillow and we do the same pictures by turns, sixteen at a time as a worker does: medians, process time."""
     with tempfile.TemporaryDirectory() as folder:
-        source = sources.Images([str(write_tar(pathlib.Path(folder, "a.tar"), raws))], 224)
+        source = data.image_files([str(write_tar(pathlib.Path(folder, "a.tar"), raws))], 224)
         floor, ours = [0.0] * rounds, [0.0] * rounds
         for turn, first in itertools.product(range(rounds), range(0, len(raws), 16)):
             some = range(first, min(first + 16, len(raws)))
@@ -110,7 +110,7 @@ def compare(name, raws, rounds):
                 Image.open(io.BytesIO(raws[i])).load()
             middle = time.process_time()
             rngs = [data.generator(turn, i) for i in some]
-            done = source.finish([source[i, rng] for i, rng in zip(some, rngs)])
+            done = [source[i, rng] for i, rng in zip(some, rngs)]
             floor[turn], ours[turn] = floor[turn] + middle - start, ours[turn] + time.process_time() - middle
             assert all(image.shape == (3, 224, 224) for image, *_ in done)
     floor, ours = (len(raws) / statistics.median(times) for times in (floor, ours))

@@ -86,36 +86,55 @@ def one_corruption(number, folder, tokenizer):
         truth = [None]                                                       # one stretch without any header
     what, images = f"{number}: {kind}, {way}", kind != "pairs"
     try:
-        source = sources.Images([str(path)], 32) if images else sources.Pairs([str(path)])
+        source = data.image_files([str(path)], 32) if images else data.pair_files([str(path)])
     except ValueError as error:
         assert not truth and str(path) in str(error), what
         return what + f", refused: {error}", 0
     assert len(source) == len(truth), (what, len(source), len(truth))
     bad = {i for i, thing in enumerate(truth) if thing is None}
-    batches = data.Batches(tokenizer, *([source, None] if images else [None, source]), 8, 8, seed=number)
-    bad_records, found, skipped, stop, expected, visits = sources.BadRecords(), [], 0, False, [], 0
+    streams = [data.Stream(source, 8), None] if images else [None, data.Stream(source, 8)]
+    batches = data.Batches(tokenizer, *streams, seed=number)
+    steps = -(-len(truth) // 8)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        for step in range(-(-len(truth) // 8)):
-            item = batches[step]
-            found += item[not images]["ids"].tolist()
-            count, now = bad_records.count(item[2]["bad_records"])
-            skipped, stop = skipped + count, stop or now
         status = data.main([str(path)])
     assert status == bool(bad) and f"broken {'':9} {len(bad) or 'none'}" in said.getvalue(), (what, said.getvalue())
-    for position in range(len(found)):
-        _, index = data.example_at(position, len(truth), number, int(not images))
-        for _ in range(11):
-            if index not in bad:
-                thing = truth[index]
-                expected.append(records.identity(thing if isinstance(thing, bytes) else thing.read_bytes()))
-                break
-            visits, index = visits + 1, (index + 1) % len(truth)
-        else:
-            expected.append(0)
-    assert (found, skipped) == (expected, visits) and stop == (visits > 10), (what, skipped, visits)
+    expected, visits = in_order(truth, steps * 8, number, int(not images))
+    if expected[0] is None:                                                  # the first eleven records are bad
+        try:
+            batches[0]
+            raise AssertionError(what)
+        except ValueError as error:
+            assert "records were bad" in str(error), what
+        skipped, stop = None, True
+    else:
+        found, skipped, stop = [], 0, False
+        bad_records = sources.BadRecords()
+        with contextlib.redirect_stdout(io.StringIO()):
+            for step in range(steps):
+                item = batches[step]
+                found += item[not images]["ids"].tolist()
+                count, too_many = bad_records.count(item[2]["bad_records"])
+                skipped, stop = skipped + count, stop or too_many
+        assert (found, skipped, stop) == (expected, visits, visits > 10), (what, skipped, visits)
     if number % 10 == 0:
-        trained(path, images, folder, tokenizer, skipped if not stop else None, -(-len(truth) // 8), number, what)
+        trained(path, images, folder, tokenizer, None if stop else skipped, steps, number, what)
     return what + (", stopped" if stop else ""), len(bad)
+
+
+def in_order(truth, count, seed, stream):
+    """What `count` positions of training hold: identities of the next good records, after eleven bad ones the last good
+    one (None: there was none yet) -> (identities, how many bad ones were met)."""
+    expected, visits, last = [], 0, None
+    for position in range(count):
+        _, index = data.example_at(position, len(truth), seed, stream)
+        for i in range(index, index + 11):
+            thing = truth[i % len(truth)]
+            if thing is not None:
+                last = records.identity(thing if isinstance(thing, bytes) else thing.read_bytes())
+                break
+            visits += 1
+        expected.append(last)
+    return expected, visits
 
 
 def trained(path, images, folder, tokenizer, skipped, steps, seed, what):
