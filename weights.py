@@ -212,7 +212,7 @@ def import_sources(paths, changes=None, every_second=False, allow=()):
 
 def initialise(model, source):
     """Loads a source into a new model -> a line about what came and what is new."""
-    weights, missing = adapt_to_model(source, model, allow=["text_fusion.*"])
+    weights, missing = adapt_to_model(source, model)
     model.load_state_dict(weights, strict=False)
     if "text_fusion" in map(part, missing):                      # --no-shared_fusion: the same start
         model.text_fusion.load_state_dict(model.fusion.state_dict())
@@ -282,9 +282,6 @@ def export(path, folder):
     README.md, and text_encoder/, which transformers opens."""
     state = read_checkpoint(path, mmap=True)
     config = Config(**check_fields(state["config"]["model"], path))
-    if not config.shared_fusion:
-        raise ValueError(f"{path} was trained with --no-shared_fusion: an export has no place for "
-                         f"its second fusion encoder")
     weights = dict(state["model"])
     if config.tied:
         del weights["mlm_head.weight"]                           # it is the word embedding

@@ -2,6 +2,8 @@
 import argparse
 import json
 import os
+import pathlib
+import shlex
 from dataclasses import asdict
 
 import pytest
@@ -100,15 +102,25 @@ def test_a_short_position_table_is_read_as_it_is(tmp_path):
         weights.starting_point(None, None, flags)
 
 
-def test_a_second_fusion_encoder_is_left_out_and_said_to_be(tmp_path, tokenizer):
-    model = CCLM(build("demo", width=32, vision_heads=1, vocabulary=tokenizer.size))
-    state = {"model": model.state_dict(), "step": 1, "tokenizer": tokenizer.model, "text_fusion": {"a": torch.zeros(1)},
-             "config": {"model": asdict(model.config), "train": {}}}
+def test_a_second_fusion_encoder_goes_out_and_in(tmp_path, tokenizer):
+    """The ablation --no-shared_fusion: an export holds both fusion encoders; a run that begins at a checkpoint with one
+    begins with two copies of it."""
+    config = build("demo", width=32, vision_heads=1, vocabulary=tokenizer.size, shared_fusion=False)
+    model = CCLM(config)
+    torch.nn.init.normal_(model.text_fusion.layers[0].cross.q.weight)
+    state = {"model": model.state_dict(), "step": 1, "tokenizer": tokenizer.model,
+             "config": {"model": asdict(config), "train": {}}}
     weights.write_checkpoint(tmp_path / "a.pt", state)
-    _, report = weights.import_sources([tmp_path / "a.pt"])
-    assert "(without its second fusion encoder, text_fusion)" in report[-3]
-    _, _, line = weights.starting_point(None, None, {"preset": "demo", "init": tmp_path / "a.pt"})
-    assert "(without its second fusion encoder, text_fusion)" in line
+    weights.export(tmp_path / "a.pt", tmp_path / "out")
+    back, _ = weights.import_sources([tmp_path / "out"])
+    assert all(torch.equal(t, back["model"][name]) for name, t in model.state_dict().items())
+    one = CCLM(build("demo", width=32, vision_heads=1, vocabulary=tokenizer.size))
+    state |= {"model": one.state_dict(), "config": {"model": asdict(one.config), "train": {}}}
+    weights.write_checkpoint(tmp_path / "b.pt", state)
+    flags = {"preset": "demo", "init": tmp_path / "b.pt", "shared_fusion": False}
+    two, _, line = weights.starting_point(None, None, flags)
+    assert line.endswith("b.pt; new: text_fusion")
+    assert all(torch.equal(t, one.state_dict()["fusion." + n]) for n, t in two.text_fusion.state_dict().items())
 
 
 def test_a_folder_means_its_only_file_of_weights(encoders, tmp_path):
@@ -159,3 +171,11 @@ def test_a_model_without_a_tokenizer_can_be_exported_and_imported_again(encoders
     assert weights.main(["import", str(encoders / "beit2.pth"), "--out", ckpt, "--image_size", "240"]) == 0
     assert "tokenizer: not found" in capsys.readouterr().out
     assert weights.main(["export", ckpt, folder]) == 0 and weights.main(["import", folder, "--out", ckpt]) == 0
+
+
+def test_the_commands_of_docs_weights_are_commands():
+    text = (pathlib.Path(weights.__file__).parent / "docs" / "weights.md").read_text()
+    found = [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("python ")]
+    for program, *words in found:
+        {"weights.py": weights.arguments, "train.py": train.settings}[program](words)
+    assert len(found) == 6
