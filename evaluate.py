@@ -96,11 +96,15 @@ def encode_images(model, images):
     return join(views)
 
 
+def longest_text(model):
+    """The most tokens of a caption or query that this model reads."""
+    return min(SENTENCE_TOKENS, model.text.longest)
+
+
 def encode_texts(model, tokenizer, texts):
     """n texts -> View of the U different ones, and each text's place in it (n,)."""
     device = model.temperature.device
-    longest = min(SENTENCE_TOKENS, model.text.longest)
-    token_ids = [tuple(tokenizer.encode(text, longest)) for text in texts]
+    token_ids = [tuple(tokenizer.encode(text, longest_text(model))) for text in texts]
     different = sorted(set(token_ids), key=lambda ids: (len(ids), ids))      # a batch: like lengths
     views = []
     for first in range(0, len(different), BATCH):

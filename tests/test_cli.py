@@ -102,7 +102,7 @@ def test_results_have_the_documented_form(tmp_path):
     """out/results.json of a finished run, as other tools read it."""
     tokenizer = data.demo_tokenizer(4000)
     model = CCLM(build("demo", width=32, vocabulary=tokenizer.size))
-    report = json.loads(json.dumps(evaluate.demo_report(model, tokenizer, "cpu", sets=("test_concept",))))
+    report = json.loads(json.dumps(evaluate.demo_report(model, tokenizer, sets=("test_concept",))))
     for scores in (report["test_concept"]["hi"], report["groups"]["test_concept"]["never"]):
         for key in ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10",
                     "reranked_t2i_r1", "reranked_i2t_r1", "matched_t2i_r1", "matched_i2t_r1", "n"):

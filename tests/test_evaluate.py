@@ -43,7 +43,7 @@ def checkpoint(tokenizer, tmp_path_factory):
 
 
 @torch.inference_mode()
-def one_pair(model, tokenizer, image, text):     # (cosine, match logit, sum) without packs, memory, sources or rows
+def one_pair(model, tokenizer, image, text):     # (cosine, match logit, sum) of a batch of one
     words, starts = data.pack([tokenizer.encode(text)])
     b = model.encode_text(words, starts, None)
     pixels = torch.from_numpy(images.eval_transform(image, model.config.image_size).copy())[None]
@@ -75,14 +75,16 @@ def plain_recall(score, owner, K, k=1, by=1):
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("batch", [2, 256])
-def test_match_logits_of_a_pack_equal_those_of_single_pairs(tokenizer, rows, layers, batch):
+def test_match_logits_of_a_pack_equal_those_of_single_pairs(tokenizer, rows, layers, batch, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH", batch)
+    monkeypatch.setattr(evaluate, "PAIRS", batch)
     model = make(tokenizer, fusion_layers=layers)
-    texts = [t for row in rows for said in row["captions"].values() for t in said]
+    texts = [text for row in rows for captions in row["captions"].values() for text in captions]
     with torch.inference_mode():
-        images = evaluate.encode_images(model, [row["image"] for row in rows], "cpu", batch)
-        view, place = evaluate.encode_texts(model, tokenizer, texts, "cpu", batch)
+        images = evaluate.encode_images(model, [row["image"] for row in rows])
+        view, place = evaluate.encode_texts(model, tokenizer, texts)
         pairs = torch.cartesian_prod(torch.arange(len(texts)), torch.arange(len(rows)))[::3]
-        got = evaluate.match_logits(model, view, images, torch.stack([place[pairs[:, 0]], pairs[:, 1]], 1), batch)
+        got = evaluate.match_logits(model, view, images, torch.stack([place[pairs[:, 0]], pairs[:, 1]], 1))
     want = torch.tensor([one_pair(model, tokenizer, rows[i]["image"], texts[t])[1] for t, i in pairs.tolist()])
     assert want.std() > 0.01                                                 # the pairs do differ
     torch.testing.assert_close(got[:, 1], want, rtol=1e-4, atol=1e-5)
@@ -150,13 +152,15 @@ def test_false_captions_lose_a_tie_and_the_model_keeps_its_mode(tokenizer, rows)
 
 
 def test_the_report_has_every_language_and_group_and_prints(tokenizer, capsys):
-    report = evaluate.demo_report(make(tokenizer), tokenizer, "cpu", rerank=2, sets=("test_concept",))
+    report = evaluate.demo_report(make(tokenizer), tokenizer, rerank=2, sets=("test_concept",))
     assert len(report["test_concept"]) == 25 and list(report["groups"]["test_concept"]) == list(evaluate.GROUPS)
     seen = [report["test_concept"][k]["t2i_r10"] for k in emoji.languages("seen")]
     assert report["groups"]["test_concept"]["seen"]["t2i_r10"] == pytest.approx(sum(seen) / 6)
     evaluate.print_table(json.loads(json.dumps(report)))
     out = capsys.readouterr().out
     assert "never in training (4)" in out and "chance" in out and max(map(len, out.splitlines())) <= 120
+    for head in ("equal", "re-ranked", "by match", "new names"):             # also where they print the plain R@1 again
+        assert head in out
 
 
 def test_search_prints_a_ranking_and_writes_one_safe_file(checkpoint, tmp_path, capsys):
