@@ -36,7 +36,7 @@ from demo import emoji
 from formats.images import eval_transform, normalise
 from formats.sources import evaluation_rows
 from kernels.packed import gather_sequences, offsets
-from losses import contrastive_loss, cross_view, fuse_pairs
+from losses import MaskedText, cross_view, fuse_pairs, hard_negatives
 from model import View
 from weights import load_model
 
@@ -392,6 +392,7 @@ def explain(model, tokenizer, image_batch):
     a = model.encode_image(normalise(image_batch["images"]), ids)
     b = model.encode_text(sentences.token_ids, sentences.starts, ids)
     masked_states = model.encode_text(masked.token_ids, sentences.starts, ids).states
+    masked_text = MaskedText(masked_states, masked.positions, masked.labels)
     print(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} and one "
           f"unit vector of {a.vectors.shape[1]}\nview b          caption 0: {end} states and one "
           f"unit vector; their cosine is {a.vectors[0] @ b.vectors[0]:.3f}")
@@ -399,7 +400,7 @@ def explain(model, tokenizer, image_batch):
     # drawn by probability.
     logits = a.vectors[0] @ b.vectors.T / model.temperature                  # (E,), (B, E) -> (B,)
     rank, temperature = 1 + int((logits > logits[0]).sum()), model.temperature.item()
-    _, negatives = contrastive_loss(a, b, model.temperature, seed=0)
+    negatives = hard_negatives(a, b, model.temperature, seed=0)
     j = int(negatives[1][0])
     negative = sentences.token_ids[sentences.starts[j]:sentences.starts[j + 1]]
     print(f"contrastive     cosine / temperature {temperature:.3f} against all {B} captions: "
@@ -407,7 +408,7 @@ def explain(model, tokenizer, image_batch):
           f"hard negative   drawn for image 0: caption {j}, {read(negative)}")
     # Fusion encoder: B true pairs, 2B with a hard negative, B masked captions, all in one pass. The
     # match head reads the first token of the 3B pairs.
-    pairs, fused = fuse_pairs(model, a, b, masked_states, masked.positions, negatives)
+    pairs, fused = fuse_pairs(model, a, b, masked_text, negatives)
     yes = model.itm_head(pairs).softmax(-1)[:, 1].view(3, B)                 # (3B, 2) -> (3, B)
     print(f"fusion          {4 * B} query sequences read {B} images; the heads read {len(pairs)} "
           f"first tokens and {len(fused)} masked ones\nmatching        probability of belonging "
@@ -420,7 +421,7 @@ def explain(model, tokenizer, image_batch):
         named = zip(tokenizer.pieces(best.indices), best.values)
         print(f"masked LM       position {position} was {read([label])} (probability "
               f"{guess[label]:.4f}); best guesses", ", ".join(f"{w} {p:.3f}" for w, p in named))
-    got = cross_view(model, a, b, masked_states, masked.positions, masked.labels, seed=0)
+    got = cross_view(model, a, b, masked_text, seed=0)
     print(f"losses          contrastive {got['contrast']:.3f}, matching {got['match']:.3f}, "
           f"masked LM {got['mask']:.3f}")
 

@@ -1,21 +1,27 @@
 """The paper in one file: one loss for two views of one thing, whatever the two views are.
 
-An image and its caption are two views of one thing; so are a sentence and its translation. cross_view() takes a View
-`a` (image or sentence) and a View `b` (sentence) and does not know which kind it was given:
+An image and its caption are two views of one thing; so are a sentence and its translation.
+cross_view() takes a View `a` (image or sentence) and a View `b` (sentence) and does not know which
+kind it was given. t is the learned temperature:
 
-    contrast   -1/2N sum_i [log softmax_j(<a_i, b_j> / t) + log softmax_j(<a_j, b_i> / t)]_{j=i}   knows nothing: ln N
-    match      cross entropy of "does b belong to a?" on 1 true : 2 hard wrong pairs               knows nothing: 0.6365
-    mask       cross entropy of b's masked words, read while looking at a                          knows nothing: ln V
+    contrast   contrastive_loss (ITC): mean over i of
+               -1/2 [log softmax_j(<a_i, b_j> / t) + log softmax_j(<a_j, b_i> / t)] at j = i
+    match      matching_loss (ITM): cross entropy of "does b belong to a?" on 1 true pair and
+               2 hard negatives per item
+    mask       masked_lm_loss (MLM): cross entropy of b's masked tokens, predicted from a too
 
-(0.6365 is the entropy of 1 : 2; a head that starts at zero says 0.6931 = ln 2 first.) Every loss is a mean over ALL
-processes: each returns W x (its own sum) / (count over all processes), so that the mean of gradients that DDP takes is
-the gradient of the global loss.
+A model that knows nothing gets ln N, 0.6365 and ln V. (0.6365 is the entropy of 1 : 2; a head that
+starts at zero says 0.6931 = ln 2 first.) Every loss is a mean over ALL processes: each returns
+W x (its own sum) / (count over all processes), so that the mean of gradients that DDP takes is the
+gradient of the global loss.
 
-Letters: B items per process, W processes, N = W*B, T tokens, M masked words, D width, E embedding, V vocabulary.
+Letters: B items per process, W processes, N = W*B, T tokens, M masked tokens, D width, E embedding,
+V vocabulary.
 
-    python losses.py        the three losses of an untrained and of an all-knowing model beside their chance levels
+    python losses.py        losses of an untrained and of an all-knowing model beside chance
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,37 +29,39 @@ import torch.nn.functional as F
 
 from kernels.contrastive import contrastive
 from kernels.packed import offsets
-from model import PRESETS, CCLM, View, at_least_float32
+from model import PRESETS, CCLM, View, at_least_float32, in_autocast_type
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several processes
-# ------------------------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
 
 def world():
     """(rank, number of processes); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 class AllGather(torch.autograd.Function):
-    """(B, E) of every process -> (N, E) on every process; the backward sums what all processes want of our rows. (The
-    official gather keeps only our own wishes: a gradient W times too small, F2.1.)"""
+    """(B, E) of every process -> (N, E) on every process. The backward pass sums the gradients that
+    all processes have for this process's rows. (The official gather keeps only its own: a gradient
+    W times too small. Official code, models/xvlm.py, AllGather.)"""
 
     @staticmethod
     def forward(ctx, x):
         out = x.new_empty(world()[1] * len(x), *x.shape[1:])
         dist.all_gather_single(out, x.contiguous())
-        return out
+        return out                                                       # (B, ...) -> (N, ...)
 
     @staticmethod
     def backward(ctx, gradient):
         out = gradient.new_empty(len(gradient) // world()[1], *gradient.shape[1:])
         dist.reduce_scatter_single(out, gradient.contiguous())
-        return out
+        return out                                                       # (N, ...) -> (B, ...)
 
 
 def all_gather(x):
-    return x if world()[1] == 1 else AllGather.apply(x)                      # (B, ...) -> (N, ...)
+    return x if world()[1] == 1 else AllGather.apply(x)                  # (B, ...) -> (N, ...)
 
 
 def all_reduce(x, op="SUM"):
@@ -65,148 +73,243 @@ def all_reduce(x, op="SUM"):
 
 
 def global_mean(own_sum, own_count):
-    """W x own sum / count over all processes; 0 (with a gradient path) where nobody has a row."""
+    """W x own sum / count over all processes; 0 (with a gradient) where nobody has a row."""
     return world()[1] * own_sum / all_reduce(own_count.to(own_sum.dtype)).clamp(min=1)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Contrast
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-def contrastive_loss(a, b, temperature, seed, same="ignore"):
-    """Symmetric InfoNCE over the vectors of all processes, and a hard wrong partner for every item of this one.
+def contrastive_loss(a, b, temperature, same="ignore"):
+    """Symmetric InfoNCE over the vectors of all processes, the paper's equation 1 -> scalar.
 
-    a, b: Views of B items; i, j are `same` when their a.ids or b.ids agree: neither positives nor negatives of each
-    other ("ignore", pre-training), or soft labels, each an equal share of 1 ("positive", retrieval fine-tuning, F2.1).
-    Returns the loss (scalar) and (wrong_a (B,), wrong_b (B,)) int64: positions in this process's batch, -1 for none.
-    Only b's vectors travel: this process works on its B rows of the N x N matrix; columns' sums are put together."""
+    a, b: Views of B items. Items with equal a.ids are the `same` thing. "ignore" (pre-training):
+    they are neither positives nor negatives of each other. "positive" (retrieval fine-tuning): they
+    are soft labels, each an equal share of 1. Only b's vectors travel: each process works on its B
+    rows of the N x N matrix, and the sums of columns are put together."""
     rank, W = world()
-    B, N, first = len(a.vectors), W * len(a.vectors), rank * len(a.vectors)
-    ids = torch.stack([a.ids, b.ids], 1)                                     # (B, 2)
-    all_ids, b_all = all_gather(ids), all_gather(b.vectors)                          # (N, 2), (N, E)
+    B = len(a.vectors)
+    N = W * B
+    first = rank * B                                                     # our rows: first..first+B
+    all_ids = all_gather(a.ids)                                          # (N,)
+    b_all = all_gather(b.vectors)                                        # (N, E)
     if same == "ignore":
-        s = contrastive(a.vectors, b_all, temperature, ids, all_ids, first, seed)
-        wrong, positives = (s.wrong_a, s.wrong_b), 2 * s.positives.sum()
+        s = contrastive(a.vectors, b_all, temperature, a.ids, all_ids, first)
+        positives = 2 * s.positives.sum()
     elif same == "positive":
-        nobody = torch.arange(N, device=ids.device)[:, None].expand(N, 2)    # all different: all pairs stay in the sums
-        s = contrastive(a.vectors, b_all, temperature, nobody[first:first + B], nobody, first, seed)
-        with torch.no_grad():
-            drawn = contrastive(a.vectors, b_all, temperature, ids, all_ids, first, seed)
-        alike = (ids[:, None] == all_ids).any(-1)                            # (B, N)
-        share = 1 / alike.sum(1).to(b_all.dtype)                             # (B,): every item's labels add up to 1
-        labels = alike * (share[:, None] + all_gather(share))                    # rows' labels + columns' labels
-        wrong, positives = (drawn.wrong_a, drawn.wrong_b), ((labels @ b_all) * a.vectors).sum() / temperature
+        # No pair is left out of the sums: every item gets an id of its own.
+        own = torch.arange(N, device=all_ids.device)                     # (N,)
+        s = contrastive(a.vectors, b_all, temperature, own[first:first + B], own, first)
+        # The numerator: s_ij weighted by row i's label and column j's. The labels of a row are
+        # equal shares of 1; a column's shares belong to its own process, hence all_gather.
+        alike = a.ids[:, None] == all_ids                                # (B, N)
+        share = 1 / alike.sum(1).to(b_all.dtype)                         # (B,)
+        labels = alike * (share[:, None] + all_gather(share))            # (B, N)
+        positives = ((labels @ b_all) * a.vectors).sum() / temperature
     else:
         raise ValueError(f"same={same!r} is unknown: choose 'ignore' or 'positive'")
-    columns = combine_columns(s.column_lse, first, B)
-    return W * (s.row_lse.sum() + columns - positives) / (2 * N), wrong
+    columns = sum_of_columns(s.column_lse, first, B)
+    return W * (s.row_lse.sum() + columns - positives) / (2 * N)
 
 
-def combine_columns(part, first, B):
-    """part (N,): log-sum-exp of every column over this process's rows. Value: the sum over this process's own columns
-    of the log-sum-exp over ALL rows. Gradient: that of the sum over all N columns with respect to our part of them."""
+def sum_of_columns(part, first, B):
+    """part (N,): the log-sum-exp of every column over this process's rows -> the sum, over this
+    process's own columns, of the log-sum-exp over ALL rows."""
     if world()[1] == 1:
         return part.sum()
-    top = all_reduce(part, "MAX")                                                 # (N,)
-    whole = top + all_reduce((part - top).exp()).log()                            # (N,)
-    share = (part - whole).exp().detach()                                    # d whole / d part
-    ours = (share * part.masked_fill(share == 0, 0)).sum()                   # column without rows here: 0, not 0 x -inf
+    # 1. log-sum-exp over all processes of their parts, without gradient.
+    top = all_reduce(part, "MAX")                                        # (N,)
+    whole = top + all_reduce((part - top).exp()).log()                   # (N,)
+    # 2. We return the sum over OUR columns, but our rows appear in the columns of all processes.
+    #    What DDP needs from us is d (sum over all N columns) / d (our part), which is
+    #    exp(part - whole) per column. A product with this constant has that gradient.
+    share = (part - whole).exp().detach()                                # (N,)
+    seen = part.masked_fill(share == 0, 0)       # a column without rows here: 0, not 0 x -inf
+    ours = (share * seen).sum()
+    # 3. Straight through: the value of the sum over our columns, the gradient of `ours`.
     return ours + (whole[first:first + B].sum() - ours).detach()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 2. Match, and 3. mask: one pass through the fusion encoder
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 2. Match: hard negatives, then a yes-no question
+# --------------------------------------------------------------------------------------------------
 
-def fuse_pairs(model, a, b, masked, positions, negatives, condition=True):
-    """True pairs, pairs with a wrong a, pairs with a wrong b, and the masked sentences go through the fusion encoder as
-    ONE batch of 4B query sequences. They are copies of only 2B texts (b and masked b) that look at only B views of a.
+UNIFORM_WEIGHT = 1e-5       # official code, models/xvlm.py, get_matching_loss: any pair can be drawn
 
-    Returns first-token states (3B, D) in that order, and the states of the masked words (M, D)."""
-    B, device = len(b.ids), b.states.device
-    everyone = torch.arange(B, device=device)
-    items = everyone[:len(negatives[0])]                                         # none where match is switched off
-    negative_a, negative_b = (x.clamp(min=0) for x in negatives)
-    text = torch.cat([items, items, negative_b, everyone + B])                  # which text asks ...
-    view = torch.cat([items, negative_a, items,                                 # ... and what it looks at
-                      everyone if condition else torch.full_like(everyone, -1)])
-    starts = torch.cat([b.starts, b.starts[1:] + b.starts[-1]])              # (2B + 1,)
-    asked = offsets(starts.diff()[text]).long()                              # (4B + 1,) starts of the query sequences
-    pairs = 3 * len(items)
-    wanted = torch.cat([asked[:pairs], positions + asked[pairs]])                 # first tokens, then masked tokens: sorted
-    texts = View(torch.cat([b.states, masked]), starts, None, None)
-    fused = model.fuse(texts, a, text, view, wanted)                         # (3B + M, D)
-    return fused[:pairs], fused[pairs:]
+
+@torch.no_grad()
+def hard_negatives(a, b, temperature, seed):
+    """A hard negative for every item -> (negative_a (B,), negative_b (B,)) int64: the pairs
+    (negative_a[i], i) and (i, negative_b[i]) are false. -1: there is none. Drawn among this
+    process's items, and the same again for the same seed and rank."""
+    x = at_least_float32(a.vectors)                                      # (B, E)
+    y = at_least_float32(b.vectors)                                      # (B, E)
+    with torch.autocast(x.device.type, enabled=False):
+        logits = x @ y.T / temperature                                   # (B, B)
+    negative_a = draw(logits.T, a.ids, seed_generator(seed, 0, x.device))
+    negative_b = draw(logits, a.ids, seed_generator(seed, 1, x.device))
+    return negative_a, negative_b
+
+
+def draw(logits, ids, generator):
+    """For row i of logits (B, B) a column j, with probability in proportion to
+    w_ij = softmax_j(logits) + UNIFORM_WEIGHT, and 0 for itself and the same thing -> (B,)."""
+    weights = logits.softmax(1) + UNIFORM_WEIGHT                         # (B, B)
+    # An exponential race (the Gumbel-max trick before the logarithm): with clocks c_ij from
+    # Exponential(1), c_ij / w_ij is from Exponential(w_ij), and the smallest of a row is j with
+    # probability w_ij / sum w. torch.multinomial would do, but fails on a row without weight.
+    clock = torch.empty_like(weights).exponential_(generator=generator)
+    speed = weights / clock                                              # (B, B)
+    speed = speed.masked_fill(ids[:, None] == ids, 0)
+    best, chosen = speed.max(1)                                          # (B,), (B,)
+    return torch.where(best > 0, chosen, -1)
+
+
+def seed_generator(seed, side, device):
+    """A generator for one draw: seed (which holds the step), this process's rank, and the side."""
+    seed = seed * 1_000_003 + 2 * world()[0] + side
+    return torch.Generator(device).manual_seed(seed % 2 ** 63)
 
 
 def matching_loss(head, states, negatives):
-    """states (3B, D) of true, wrong-a and wrong-b pairs -> cross entropy of head's "no, yes"; an item without wrong
-    partners (-1) is left out."""
-    counts = ((negatives[0] >= 0) & (negatives[1] >= 0)).repeat(3)                   # (3B,)
+    """states (3B, D) of true pairs, pairs with a negative a, and pairs with a negative b -> cross
+    entropy of head's "no, yes". An item without negatives (-1) is left out."""
+    has_both = (negatives[0] >= 0) & (negatives[1] >= 0)                 # (B,)
+    counts = has_both.repeat(3)                                          # (3B,)
     labels = torch.zeros(len(states), dtype=torch.long, device=states.device)
-    labels[:len(states) // 3] = 1
-    losses = F.cross_entropy(at_least_float32(head(states)), labels, reduction="none")  # (3B, D) -> (3B, 2) -> (3B,)
+    labels[:len(states) // 3] = 1                                        # (3B,)
+    logits = at_least_float32(head(states))                              # (3B, D) -> (3B, 2)
+    losses = F.cross_entropy(logits, labels, reduction="none")           # (3B,)
     return global_mean((losses * counts).sum(), counts.sum())
 
 
+# --------------------------------------------------------------------------------------------------
+# 3. Mask
+# --------------------------------------------------------------------------------------------------
+
+class MaskedText(NamedTuple):
+    """b with some of its tokens masked."""
+    states: torch.Tensor                # (T, D) of the masked sentences; their starts are b's
+    positions: torch.Tensor             # (M,) sorted: which tokens are masked
+    labels: torch.Tensor                # (M,) the true ids
+
+
 def masked_lm_loss(head, states, labels):
-    """states (M, D) of masked positions, labels (M,) the true ids -> cross entropy over the vocabulary. The logits
-    (M, V) exist a chunk at a time: at M = 1,024 and V = 250,002 that is 0.2 GB instead of 2.9."""
-    options = torch.nn.LinearCrossEntropyOptions() if len(labels) * len(head.bias) > 2 ** 27 else None
-    x = head(states)                                                         # (M, D)
-    own = F.linear_cross_entropy(x, head.weight, labels, linear_bias=head.bias, reduction="sum", options=options)
-    return global_mean(own, torch.tensor(len(labels), device=states.device))
+    """states (M, D) of masked positions, labels (M,) the true ids -> cross entropy over the
+    vocabulary. Memory: the logits exist for 512 rows at a time, 0.5 GB in float32 at V = 250,002
+    whatever M is; all of them would be 1.0 GB for every 1,000 masked tokens, some times over."""
+    x = in_autocast_type(head(states))                                   # (M, D)
+    weight = in_autocast_type(head.weight)                               # (V, D)
+    bias = in_autocast_type(head.bias)                                   # (V,)
+    # "compact" sums in float32. A sum by the operator itself would have x's 16 bits: hence "none".
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None,
+                                                 acc_policy="compact")
+    losses = F.linear_cross_entropy(x, weight, labels, linear_bias=bias, reduction="none",
+                                    options=options)                     # (M,)
+    own_sum = at_least_float32(losses).sum()
+    return global_mean(own_sum, own_sum.detach().new_full((), len(labels)))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The one loss
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-WEIGHTS = {"contrast": 1.0, "match": 1.0, "mask": 1.0}                       # F2.6
+class Options(NamedTuple):
+    """What a run can change in the loss."""
+    weights: dict = {"contrast": 1.0, "match": 1.0, "mask": 1.0}         # as in the official code
+    same: str = "ignore"                # or "positive", see contrastive_loss
+    condition: bool = True              # False, an ablation: masked tokens are predicted without a
 
 
-def cross_view(model, a, b, masked, positions, labels, seed, negatives=None, same="ignore", weights=WEIGHTS, condition=True):
+def fuse_pairs(model, a, b, masked, negatives, condition=True):
+    """True pairs, pairs with a negative a, pairs with a negative b, and the masked sentences go
+    through the fusion encoder as ONE batch of 4B query sequences over B views.
+
+    Returns first-token states (3B, D) in that order, and the states of masked tokens (M, D)."""
+    B = len(b.starts) - 1
+    everyone = torch.arange(B, device=b.states.device)                   # (B,)
+    items = everyone[:len(negatives[0])]                                 # (B,), or (0,): no pairs
+    negative_a = negatives[0].clamp(min=0)       # -1: fused with item 0, but matching_loss leaves
+    negative_b = negatives[1].clamp(min=0)       # the pair out
+
+    # 1. The texts: b's are numbered 0..B-1, the masked ones B..2B-1.
+    starts = torch.cat([b.starts, b.starts[1:] + b.starts[-1]])          # (2B+1,)
+    texts = View(torch.cat([b.states, masked.states]), starts, None, None)         # (2T, D)
+
+    # 2. Which text each query sequence is, and which view it reads.
+    nothing = torch.full_like(everyone, -1)
+    query_text = torch.cat([items, items, negative_b, everyone + B])     # (4B,)
+    query_view = torch.cat([items, negative_a, items, everyone if condition else nothing])
+
+    # 3. Which of their tokens are wanted: the first of each pair, then the masked ones.
+    query_starts = offsets(starts.diff()[query_text]).long()             # (4B+1,)
+    pairs = 3 * len(items)
+    positions = torch.cat([query_starts[:pairs], masked.positions + query_starts[pairs]])
+    fused = model.fuse(texts, a, query_text, query_view, positions)      # (3B + M, D)
+    return fused[:pairs], fused[pairs:]
+
+
+def cross_view(model, a, b, masked, seed, negatives=None, options=Options()):
     """The loss of B items seen as `a` and as `b`.
 
-    model      anything with fuse(), itm_head, mlm_head and temperature (CCLM, or an ablation's stand-in)
-    a, b       Views; b is text. ids say which items are the same thing
-    masked     (T, D) b's states with some words masked (b's starts); positions (M,) sorted: which; labels (M,): the true ids
-    seed       int: the draw of wrong partners. negatives: None, or given (negative_a (B,), negative_b (B,)), -1 = none
-    same       "ignore" or "positive", see contrastive_loss().  condition=False: masked words are read without looking at a
+    model      anything with fuse(), itm_head, mlm_head and temperature (CCLM)
+    a, b       Views; b is text. a.ids say which items are the same thing; b.ids are not read
+    masked     MaskedText
+    seed       int, for the draw of hard negatives
+    negatives  None: they are drawn; or given, (negative_a (B,), negative_b (B,)), -1 = none
     Returns {"contrast", "match", "mask"} and their weighted sum "loss", scalars with gradients."""
-    loss, drawn = contrastive_loss(a, b, model.temperature, seed, same)
-    negatives = drawn if negatives is None else negatives
+    weights = options.weights
+    if negatives is None:
+        negatives = hard_negatives(a, b, model.temperature, seed)
     if not weights["match"]:
-        negatives = tuple(x[:0] for x in negatives)                                  # no pairs: match is 0 x its inputs
-    pairs, masked_states = fuse_pairs(model, a, b, masked, positions, negatives, condition)
-    losses = {"contrast": loss, "match": matching_loss(model.itm_head, pairs, negatives),
-              "mask": masked_lm_loss(model.mlm_head, masked_states, labels)}
-    return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
+        negatives = tuple(x[:0] for x in negatives)      # no pairs are fused: match is 0 x inputs
+    pairs, masked_states = fuse_pairs(model, a, b, masked, negatives, options.condition)
+    losses = {
+        "contrast": contrastive_loss(a, b, model.temperature, options.same),
+        "match": matching_loss(model.itm_head, pairs, negatives),
+        "mask": masked_lm_loss(model.mlm_head, masked_states, masked.labels),
+    }
+    losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
+    return losses
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sanity table
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def sanity_table(B=64, length=8, seed=0):
-    """Rows (loss, untrained, knows nothing, knows all) for the demo model on random images and sentences."""
+    """Rows (loss, untrained, knows nothing, knows all) for the demo model on random images and
+    sentences."""
     torch.manual_seed(seed)
     config = PRESETS["demo"]
-    model, ids = CCLM(config).eval(), torch.arange(B)
+    model = CCLM(config).eval()
+    ids = torch.arange(B)
     starts = torch.arange(0, B * length + 1, length, dtype=torch.int32)
-    words = torch.randint(4, config.vocabulary - 1, (B * length,))
-    image = model.encode_image(torch.randn(B, 3, config.image_size, config.image_size), ids)
-    text = model.encode_text(words, starts, ids)
-    rows = starts[:-1].long() + 2
-    got = cross_view(model, image, text, text.states, rows, words[rows], seed)
-    known = F.normalize(torch.randn(B, config.embedding), dim=-1)            # both views know which thing they show
-    best = contrastive_loss(View(None, None, known, ids), View(None, None, known, ids), torch.tensor(0.01), seed)[0]
-    sure = 20 * F.one_hot(torch.tensor([1] * B + [0] * 2 * B), 2).float()    # a head that knows all pairs
-    reader = torch.nn.Identity()                                             # and one that knows all of B words
-    reader.weight, reader.bias = torch.nn.Parameter(30 * torch.eye(B)), torch.nn.Parameter(torch.zeros(B))
-    perfect = [best, matching_loss(torch.nn.Identity(), sure, (ids, ids)), masked_lm_loss(reader, torch.eye(B), ids)]
-    return [(name, got[name].item(), chance, float(least.detach())) for name, chance, least in
-            zip(WEIGHTS, [math.log(B), 0.6365, math.log(config.vocabulary)], perfect)]
+    token_ids = torch.randint(4, config.vocabulary - 1, (B * length,))
+    pixels = torch.randn(B, 3, config.image_size, config.image_size)
+    image = model.encode_image(pixels, ids)
+    text = model.encode_text(token_ids, starts, ids)
+    positions = starts[:-1].long() + 2
+    masked = MaskedText(text.states, positions, token_ids[positions])
+    untrained = cross_view(model, image, text, masked, seed)
+    knows_nothing = {"contrast": math.log(B), "match": 0.6365, "mask": math.log(config.vocabulary)}
+
+    # A model that knows all: both views have one vector, the matching head is sure of every pair,
+    # and the masked LM's decoder says 30 for the right one of B tokens and 0 for the others.
+    vectors = F.normalize(torch.randn(B, config.embedding), dim=-1)
+    view = View(None, None, vectors, ids)
+    true = torch.tensor([1] * B + [0] * 2 * B)
+    decoder = torch.nn.Identity()
+    decoder.weight = torch.nn.Parameter(30 * torch.eye(B))
+    decoder.bias = torch.nn.Parameter(torch.zeros(B))
+    knows_all = {
+        "contrast": contrastive_loss(view, view, torch.tensor(0.01)),
+        "match": matching_loss(torch.nn.Identity(), 20 * F.one_hot(true, 2).float(), (ids, ids)),
+        "mask": masked_lm_loss(decoder, torch.eye(B), ids),
+    }
+    return [(name, untrained[name].item(), chance, knows_all[name].item())
+            for name, chance in knows_nothing.items()]
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from formats.checkpoints import read_checkpoint, write_checkpoint
 from formats.images import normalise
 from formats.sources import BadRecords
 from kernels.packed import offsets
-from losses import all_reduce, cross_view, world
+from losses import MaskedText, Options, all_reduce, cross_view, world
 from model import PRESETS, Config, View, parameter_groups
 from weights import starting_point
 
@@ -197,13 +197,14 @@ class Objective(nn.Module):
             batches += [pair["a"], pair["b"], pair["b"]._replace(token_ids=pair["masked"].token_ids)]
         caption, hidden, *texts = self.encode(batches)
         picture = model.encode_image(normalise(image["images"]), image["ids"])
-        options = {"weights": self.weights, "condition": self.args.condition}
-        losses = {"image": cross_view(model, picture, caption._replace(ids=image["ids"]), hidden.states,
-                                      image["masked"].positions, image["masked"].labels, seed, **options)}
+        options = Options(self.weights, condition=self.args.condition)
+        masked = MaskedText(hidden.states, image["masked"].positions, image["masked"].labels)
+        losses = {"image": cross_view(model, picture, caption, masked, seed, options=options)}
         if pair:
             a, b, hidden = texts
-            losses["text"] = cross_view(model.for_parallel_text(), a._replace(ids=pair["ids"]), b._replace(ids=pair["ids"]),
-                                        hidden.states, pair["masked"].positions, pair["masked"].labels, seed + 1, **options)
+            masked = MaskedText(hidden.states, pair["masked"].positions, pair["masked"].labels)
+            losses["text"] = cross_view(model.for_parallel_text(), a._replace(ids=pair["ids"]), b, masked, seed + 1,
+                                        options=options)
         return losses | {"loss": sum(stream["loss"] for stream in losses.values())}
 
     def encode(self, batches):

@@ -1,30 +1,28 @@
-"""Contrast: N x N similarities without an N x N matrix, and hard negatives without a loop.
+"""Contrast: N x N similarities without an N x N matrix.
 
-Letters: B items of this process, N items of all processes, E embedding. Item i's true partner is column first_row + i.
+Letters: B items of this process, N items of all processes, E embedding. Item i's true partner is
+column first_row + i.
 
-    s_ij = <a_i, b_j> / temperature                  pairs that are `same` but not partners are left out of both sums:
-    row_lse_i = log sum_j exp s_ij                   they agree in the first or in the second of their two ids
+    s_ij = <a_i, b_j> / temperature         pairs that are `same` (equal ids) but not partners are
+    row_lse_i = log sum_j exp s_ij          left out of both sums
     column_lse_j = log sum_i exp s_ij
 
-The slow version (contrastive_naive) keeps s (B, N) and, until the backward pass is over, five more matrices of its
-size: 6.4 GB at B = N = 16,384. The trick has three steps and is the same on a CPU and on a GPU:
+The slow version (contrastive_naive) keeps s (B, N) and, until the backward pass is over, five more
+matrices of its size: 6.4 GB at B = N = 16,384. The trick has three steps and is the same on a CPU
+and on a GPU:
 
-  1. A log-sum-exp can be built tile by tile: lse(x, y) = logaddexp(lse(x), lse(y)). One pass over the tiles of s gives
-     rows AND columns, and a tile never leaves the cache.
-  2. The backward pass needs only exp(s - lse): a tile can be computed again from a, b and two vectors.
-         ds_ij = g_row_i exp(s_ij - row_lse_i) + g_column_j exp(s_ij - column_lse_j) + (j is i's partner) g_positive_i
+  1. A log-sum-exp can be built tile by tile: lse(x, y) = logaddexp(lse(x), lse(y)). One pass over
+     the tiles of s gives rows AND columns, and a tile never leaves the cache.
+  2. The backward pass needs only exp(s - lse): a tile can be computed again from a, b and two
+     vectors.
+         ds_ij = g_row_i exp(s_ij - row_lse_i) + g_column_j exp(s_ij - column_lse_j)
+                 + (j is i's partner) g_positive_i
          da = ds b / temperature            db = ds^T a / temperature
-  3. The temperature's gradient then costs no pass: -1/temperature sum_ij ds_ij s_ij = -1/temperature sum_i <a_i, da_i>.
+  3. The temperature's gradient then costs no pass:
+         -1/temperature sum_ij ds_ij s_ij = -1/temperature sum_i <a_i, da_i>
 
-A third more arithmetic (five products of this size on a GPU, four here, three in the naive version); memory O(B + N).
-
-Hard negatives are drawn within the process's own B x B block from w_ij = softmax_j(s_ij) + 1e-5, 0 at i's partner and
-at `same`. The draw is a race: clock j rings at time e_ij / w_ij with e_ij exponential, and j rings first with
-probability w_ij / sum w (the Gumbel-max trick before the logarithm). e_ij = -log(u_ij) where u_ij is a hash of (seed,
-side, row, column): no state, so every tiling and every device holds the same race. It is run in float64: sums in
-another order then differ by 1e-15 instead of 1e-6, and the same clock wins.
-
-The kernels are in kernels/contrastive_triton.py.
+A third more arithmetic (five products of this size on a GPU, four here, three in the naive
+version); memory O(B + N). The kernels are in kernels/contrastive_triton.py.
 """
 import math
 from typing import NamedTuple
@@ -34,217 +32,190 @@ from torch import Tensor
 
 from kernels import use_triton
 
-TILE_ROWS, TILE_COLUMNS = 512, 2048      # torch: a tile of 4 MB in float32 stays in the cache between its few steps
-DRAW_ELEMENTS = 2 ** 19                  # torch: float64 elements of one strip of the B x B block
-MAX_EMBEDDING = 256                      # kernels: a program keeps whole vectors
-UNIFORM_WEIGHT = 1e-5                    # added to the softmax: any pair can be drawn (F2.2)
+TILE_ROWS = 512                  # torch: a tile of 4 MB in float32 stays in the cache between its
+TILE_COLUMNS = 2048              # few steps
+MAX_EMBEDDING = 256              # kernels: a program keeps whole vectors
 
 
 class Contrast(NamedTuple):
-    row_lse: Tensor       # (B,)
-    column_lse: Tensor    # (N,) over this process's rows only; -inf where every row is left out
-    positives: Tensor     # (B,) s of the true pairs
-    wrong_a: Tensor       # (B,) int64: the a drawn for own column j, an index 0..B-1; -1: there is none
-    wrong_b: Tensor       # (B,) int64: the b drawn for row i, likewise
+    row_lse: Tensor              # (B,)
+    column_lse: Tensor           # (N,) over this process's rows; -inf where every row is left out
+    positives: Tensor            # (B,) s of the true pairs
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The slow version: the definition, one (B, N) matrix at a time
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The slow version: the definition, with the whole (B, N) matrix
+# --------------------------------------------------------------------------------------------------
 
-def contrastive_naive(a, b_all, temperature, a_ids, b_ids, first_row: int):
-    """-> row_lse, column_lse, positives, and two (B, B) matrices of weights: row i draws a b, column j draws an a."""
-    B, rows = len(a), torch.arange(len(a), device=a.device)
-    s = a @ b_all.T / temperature                                                      # (B, N)
-    positives = s[rows, first_row + rows]                                              # (B,)
-    same = (a_ids[:, None] == b_ids).any(-1)                                           # (B, N)
+def contrastive_naive(a, b_all, temperature, a_ids, b_ids, first_row: int) -> Contrast:
+    rows = torch.arange(len(a), device=a.device)
+    s = a @ b_all.T / temperature                                        # (B, N)
+    positives = s[rows, first_row + rows]                                # (B,)
+    same = a_ids[:, None] == b_ids                                       # (B, N)
     same[rows, first_row + rows] = False
-    kept = s.masked_fill(same, -torch.inf)
-    block = s[:, first_row:first_row + B].detach()                                     # (B, B)
-    forbidden = same[:, first_row:first_row + B].clone().fill_diagonal_(True)
-    weights_b = (block.softmax(1) + UNIFORM_WEIGHT).masked_fill(forbidden, 0)
-    weights_a = (block.softmax(0) + UNIFORM_WEIGHT).masked_fill(forbidden, 0)
-    return kept.logsumexp(1), kept.logsumexp(0), positives, weights_b, weights_a
+    kept = s.masked_fill(same, -torch.inf)                               # (B, N)
+    return Contrast(kept.logsumexp(1), kept.logsumexp(0), positives)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # torch, tile by tile
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def tiles(B: int, N: int):
+    """Slices of rows and of columns that cover (B, N)."""
     for r in range(0, B, TILE_ROWS):
         for c in range(0, N, TILE_COLUMNS):
             yield slice(r, min(r + TILE_ROWS, B)), slice(c, min(c + TILE_COLUMNS, N))
 
 
-def same_ids(a_ids, b_ids):
-    """Two ids per item, (rows, 2) and (columns, 2) -> (rows, columns): do they agree in either?"""
-    return (a_ids[:, None, 0] == b_ids[:, 0]).logical_or_(a_ids[:, None, 1] == b_ids[:, 1])
+class Logits:
+    """s tile by tile. x = a / temperature (B, E) and y = b_all (N, E) are in float32 at least:
+    16-bit vectors are multiplied in float32."""
+
+    def __init__(self, a, b_all, temperature, a_ids, b_ids, first_row: int):
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b_all.dtype), torch.float32)
+        self.x = a.to(dtype) / temperature.to(dtype)
+        self.y = b_all.to(dtype)
+        self.a_ids = a_ids
+        self.b_ids = b_ids
+        self.first_row = first_row
+        partners = self.y[first_row:first_row + len(a)]                  # (B, E)
+        self.positives = (self.x * partners).sum(1)                      # (B,)
+
+    def tile(self, r, c):
+        """(rows, columns), `same` pairs at -inf."""
+        s = self.x[r] @ self.y[c].T
+        s.masked_fill_(self.a_ids[r, None] == self.b_ids[c], -torch.inf)
+        # A true pair is `same` too: its s is written back. The true pairs of this tile lie on a
+        # diagonal, which begins in a later row where first_row + r.start is left of the tile.
+        offset = self.first_row + r.start - c.start
+        diagonal = s.diagonal(offset)
+        start = r.start + max(0, -offset)
+        diagonal.copy_(self.positives[start:start + len(diagonal)])
+        return s
 
 
-def tile_logits(r, c, x, y, a_ids, b_ids, positives, first_row: int):
-    """s of one tile, `same` pairs at -inf; x = a / temperature. A true pair is `same` too, so it is written back."""
-    s = x[r] @ y[c].T                                                                  # (rows, columns)
-    s.masked_fill_(same_ids(a_ids[r], b_ids[c]), -torch.inf)
-    offset = first_row + r.start - c.start                                             # the diagonal of true pairs
-    diagonal, start = s.diagonal(offset), r.start + max(0, -offset)
-    diagonal.copy_(positives[start:start + len(diagonal)])
-    return s
-
-
-def scaled(a, b_all, temperature):
-    """a / temperature and b_all in the type that is computed in: 16-bit vectors are multiplied in float32."""
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b_all.dtype), torch.float32)
-    return a.to(dtype) / temperature.to(dtype), b_all.to(dtype)
-
-
-def statistics_torch(a, b_all, temperature, a_ids, b_ids, positives, first_row: int):
-    """-> row_lse (B,), column_lse (N,), and the logits if one tile holds them all: a small matrix is worth keeping."""
-    B, N, (x, y) = len(a), len(b_all), scaled(a, b_all, temperature)                   # x (B, E), y (N, E)
-    row_lse, column_lse = x.new_full((B,), -torch.inf), x.new_full((N,), -torch.inf)
+def statistics_torch(logits):
+    """-> row_lse (B,), column_lse (N,), and s if one tile holds it all: a small matrix is worth
+    keeping."""
+    B = len(logits.x)
+    N = len(logits.y)
+    row_lse = logits.x.new_full((B,), -torch.inf)
+    column_lse = logits.x.new_full((N,), -torch.inf)
+    s = None
     for r, c in tiles(B, N):
-        s = tile_logits(r, c, x, y, a_ids, b_ids, positives, first_row)
+        s = logits.tile(r, c)                                            # (rows, columns)
         row_lse[r] = torch.logaddexp(row_lse[r], s.logsumexp(1))
         column_lse[c] = torch.logaddexp(column_lse[c], s.logsumexp(0))
     return row_lse, column_lse, s if s.shape == (B, N) else None
 
 
-def gradients_torch(a, b_all, temperature, a_ids, b_ids, positives, first_row: int, row_lse, column_lse, g_row,
-                    g_column, kept):
-    """-> ds b (B, E) and ds^T a (N, E), without the true pairs' own gradient, not yet divided by the temperature."""
-    x, y = scaled(a, b_all, temperature)
-    da, db, a = torch.zeros_like(x), torch.zeros_like(y), a.to(x.dtype)
-    for r, c in tiles(len(x), len(y)):
-        s = tile_logits(r, c, x, y, a_ids, b_ids, positives, first_row) if kept is None else kept
-        ds = (s - row_lse[r, None]).exp_().mul_(g_row[r, None])                        # (rows, columns)
+def gradients_torch(logits, a, row_lse, column_lse, g_row, g_column, kept):
+    """-> ds b (B, E) and ds^T a (N, E), without the true pairs' own gradient, not yet divided by
+    the temperature. kept: s, or None."""
+    da = torch.zeros_like(logits.x)
+    db = torch.zeros_like(logits.y)
+    a = a.to(da.dtype)
+    for r, c in tiles(len(da), len(db)):
+        s = logits.tile(r, c) if kept is None else kept                  # (rows, columns)
+        ds = (s - row_lse[r, None]).exp_().mul_(g_row[r, None])
         ds += (s - column_lse[c]).exp_().mul_(g_column[c])
-        da[r].addmm_(ds, y[c])
+        da[r].addmm_(ds, logits.y[c])
         db[c].addmm_(ds.T, a[r])
     return da, db
 
 
 class Statistics(torch.autograd.Function):
-    """row_lse, column_lse, positives by torch or by the kernels; what both share is here."""
+    """row_lse, column_lse, positives by torch (kernels: None) or by the kernels (the module
+    kernels.contrastive_triton); what both share is here."""
 
     @staticmethod
-    def forward(ctx, a, b_all, temperature, a_ids, b_ids, first_row, kernels):
-        x, y = scaled(a, b_all[first_row:first_row + len(a)], temperature)
-        positives, kept = (x * y).sum(1), None                                         # (B,)
+    def forward(ctx, kernels, first_row, a, b_all, temperature, a_ids, b_ids):
+        logits = Logits(a, b_all, temperature, a_ids, b_ids, first_row)
+        ctx.kernels = kernels
+        ctx.first_row = first_row
+        ctx.kept = None
+        unit = 1.0
         if kernels:
-            row_lse, column_lse = kernels.statistics_op(a, b_all, temperature, a_ids, b_ids, first_row)   # base 2
+            unit = math.log(2)                                           # kernels: powers of 2
+            row_lse, column_lse = kernels.statistics_op(a, b_all, temperature, a_ids, b_ids,
+                                                        first_row)
         else:
-            row_lse, column_lse, kept = statistics_torch(a, b_all, temperature, a_ids, b_ids, positives, first_row)
-        ctx.save_for_backward(a, b_all, temperature, a_ids, b_ids, positives, row_lse, column_lse)
-        ctx.first_row, ctx.kernels, ctx.kept = first_row, kernels, kept
-        unit = math.log(2) if kernels else 1
-        return row_lse * unit, column_lse * unit, positives
+            row_lse, column_lse, ctx.kept = statistics_torch(logits)
+        ctx.save_for_backward(a, b_all, temperature, a_ids, b_ids, row_lse, column_lse)
+        return row_lse * unit, column_lse * unit, logits.positives
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_row, g_column, g_positive):
-        a, b_all, temperature, a_ids, b_ids, positives, row_lse, column_lse = ctx.saved_tensors
-        column_lse = column_lse.masked_fill(column_lse == -torch.inf, torch.inf)       # an empty column: 0, not nan
+        a, b_all, temperature, a_ids, b_ids, row_lse, column_lse = ctx.saved_tensors
+        first_row = ctx.first_row
+
+        # 1. ds b and ds^T a of both sums. A column that lost every row has lse = -inf: with +inf
+        #    its exp(s - lse) is 0, not nan.
+        column_lse = column_lse.masked_fill(column_lse == -torch.inf, torch.inf)
         with torch.autocast(a.device.type, enabled=False):
             if ctx.kernels:
-                op, t, first = ctx.kernels.gradient_op, temperature, ctx.first_row
-                da = op(a, b_all, t, a_ids, b_ids, row_lse, column_lse, g_row, g_column, first)
-                db = op(b_all, a, t, b_ids, a_ids, column_lse, row_lse, g_column, g_row, -first)
+                # one kernel, called twice with the roles of a and b swapped
+                op = ctx.kernels.gradient_op
+                da = op(a, b_all, temperature, a_ids, b_ids, row_lse, column_lse, g_row, g_column,
+                        first_row)
+                db = op(b_all, a, temperature, b_ids, a_ids, column_lse, row_lse, g_column, g_row,
+                        -first_row)
             else:
-                da, db = gradients_torch(a, b_all, temperature, a_ids, b_ids, positives, ctx.first_row, row_lse,
-                                         column_lse, g_row, g_column, ctx.kept)
-        own, t = slice(ctx.first_row, ctx.first_row + len(a)), temperature.to(da.dtype)
-        da = da.add_(g_positive[:, None] * b_all[own]).div_(t)                         # (B, E)
-        db[own] += g_positive[:, None] * a
-        dt = -(a * da).sum().to(temperature.dtype) / temperature
-        return da.to(a.dtype), db.div_(t).to(b_all.dtype), dt, None, None, None, None
+                logits = Logits(a, b_all, temperature, a_ids, b_ids, first_row)
+                da, db = gradients_torch(logits, a, row_lse, column_lse, g_row, g_column, ctx.kept)
 
-
-# ------------------------------------------------------------------------------------------------------------------
-# Hard negatives
-# ------------------------------------------------------------------------------------------------------------------
-
-def mix(h):
-    """A bijection of 32 bits, in place (the finalizer of MurmurHash3). int32 wraps around as uint32 does; >> copies the
-    sign, hence the masks."""
-    h ^= (h >> 16) & 0xFFFF
-    h *= 0x85EBCA6B - 2 ** 32
-    h ^= (h >> 13) & 0x7FFFF
-    h *= 0xC2B2AE35 - 2 ** 32
-    h ^= (h >> 16) & 0xFFFF
-    return h
-
-
-def counters(B: int, first_row: int, seed: int, side: int, device):
-    """Two int32 vectors (B,), for items that draw and items drawn: the hash of pair (i, j) is mix(draws[i] ^ drawn[j]).
-    Items are counted over all processes (first_row + i), so that no two processes hold the same race."""
-    drawn = mix(torch.arange(first_row, first_row + B, dtype=torch.int32, device=device))
-    key = (2 * seed + side) * 0x9E3779B97F4A7C15 >> 32 & 0xFFFFFFFF                    # 2^64 / golden ratio: spreads
-    return mix(drawn ^ key - 2 ** 31), drawn
-
-
-@torch.no_grad()
-def draw_torch(x, y, temperature, x_ids, y_ids, draws, drawn):
-    B = len(x)
-    x, y = x.double() / temperature.double(), y.double()
-    chosen = torch.empty(B, dtype=torch.int64, device=x.device)
-    step = max(1, DRAW_ELEMENTS // B)
-    for start in range(0, B, step):
-        r = slice(start, min(start + step, B))
-        weight = (x[r] @ y.T).softmax(1).add_(UNIFORM_WEIGHT)                          # (rows, B)
-        weight.masked_fill_(same_ids(x_ids[r], y_ids), 0)
-        weight.diagonal(start).zero_()
-        uniform = mix(draws[r, None] ^ drawn).double().add_(2 ** 31 + 0.5).mul_(2 ** -32)
-        rate, first = weight.div_(uniform.log_().neg_()).max(1)                        # highest w / e = first to ring
-        chosen[r] = torch.where(rate > 0, first, -1)
-    return chosen
-
-
-def draw(x, y, temperature, x_ids, y_ids, first_row: int, seed: int, side: int, kernels):
-    """For each row of x (B, E) a row of y (B, E), by weight, never its partner nor `same`. -> (B,) int64, -1: none"""
-    draws, drawn = counters(len(x), first_row, seed, side, x.device)
-    return (kernels.draw_op if kernels else draw_torch)(x.detach(), y.detach(), temperature, x_ids, y_ids, draws, drawn)
-
-
-def contrastive_by(kernels, a, b_all, temperature, a_ids, b_ids, first_row: int, seed):
-    """The whole of it by torch (kernels: None) or by the kernels (the module kernels.contrastive_triton)."""
-    with torch.autocast(a.device.type, enabled=False):
-        statistics = Statistics.apply(a, b_all, temperature, a_ids, b_ids, first_row, kernels)
-        if seed is None:
-            return Contrast(*statistics, None, None)
+        # 2. The true pairs' own part: d positive_i / d a_i = b_i / temperature, and so for b_i.
         own = slice(first_row, first_row + len(a))
-        wrong_a = draw(b_all[own], a, temperature, b_ids[own], a_ids, first_row, seed, 1, kernels)
-        wrong_b = draw(a, b_all[own], temperature, a_ids, b_ids[own], first_row, seed, 0, kernels)
-    return Contrast(*statistics, wrong_a, wrong_b)
+        da += g_positive[:, None] * b_all[own]                           # (B, E)
+        db[own] += g_positive[:, None] * a                               # (B, E)
+
+        # 3. Divide once. The temperature's gradient is a product of what is there (docstring, 3).
+        t = temperature.to(da.dtype)
+        da /= t
+        db /= t
+        dt = -(a * da).sum().to(temperature.dtype) / temperature
+        return None, None, da.to(a.dtype), db.to(b_all.dtype), dt, None, None
 
 
-def contrastive_torch(*arguments) -> Contrast:
-    return contrastive_by(None, *arguments)
+# --------------------------------------------------------------------------------------------------
+# Which one runs
+# --------------------------------------------------------------------------------------------------
+
+def contrastive_torch(a, b_all, temperature, a_ids, b_ids, first_row: int) -> Contrast:
+    with torch.autocast(a.device.type, enabled=False):
+        inputs = (a, b_all, temperature, a_ids, b_ids)
+        return Contrast(*Statistics.apply(None, first_row, *inputs))
 
 
-def contrastive_triton(a, b_all, temperature, a_ids, b_ids, first_row: int, seed) -> Contrast:
+def contrastive_triton(a, b_all, temperature, a_ids, b_ids, first_row: int) -> Contrast:
     from kernels import contrastive_triton as kernels
     dtype = torch.promote_types(a.dtype, b_all.dtype)
     if dtype == torch.float32 and torch.is_autocast_enabled(a.device.type):
-        dtype = torch.get_autocast_dtype(a.device.type)                                # tensor cores, like any product
-    a, b_all = (x.to(dtype) if x.stride(1) == 1 else x.to(dtype).contiguous() for x in (a, b_all))
-    return contrastive_by(kernels, a, b_all, temperature, a_ids.contiguous(), b_ids.contiguous(), first_row, seed)
+        dtype = torch.get_autocast_dtype(a.device.type)                  # as for any product
+    a = kernels.contiguous_rows(a.to(dtype))
+    b_all = kernels.contiguous_rows(b_all.to(dtype))
+    with torch.autocast(a.device.type, enabled=False):
+        inputs = (a, b_all, temperature, a_ids.contiguous(), b_ids.contiguous())
+        return Contrast(*Statistics.apply(kernels, first_row, *inputs))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Which one runs
-# ------------------------------------------------------------------------------------------------------------------
+def contrastive(a, b_all, temperature, a_ids, b_ids, first_row: int) -> Contrast:
+    """Row and column log-sum-exps of a b_all^T / temperature in O(B + N) memory.
 
-def contrastive(a, b_all, temperature, a_ids, b_ids, first_row: int, seed):
-    """Row and column log-sum-exps of a b_all^T / temperature, and a hard negative for each side, in O(B + N) memory.
-
-    a (B, E), b_all (N, E), any float type; temperature: a tensor without dimensions, > 0; a_ids (B, 2), b_ids (N, 2)
-    int64; seed: int, or None: draw nothing, wrong_a = wrong_b = None. row_lse, column_lse and positives are float32
-    (float64 for float64) and differentiable in a, b_all and temperature. The kernels take E up to MAX_EMBEDDING, torch
-    any. Under CUDA autocast the kernels round float32 vectors to autocast's 16 bits, for the tensor cores; the torch
-    path keeps float32, so there the two may draw different partners. ValueError when the shapes do not fit."""
-    if not (a_ids.shape == (len(a), 2) and b_ids.shape == (len(b_all), 2) and 0 <= first_row <= len(b_all) - len(a)):
-        raise ValueError(f"contrastive: {len(a)} rows with ids {tuple(a_ids.shape)} from column {first_row} do not fit "
-                         f"{len(b_all)} columns with ids {tuple(b_ids.shape)}: ids are (B, 2) and (N, 2)")
+    a (B, E), b_all (N, E), any float type; temperature: a tensor without dimensions, > 0;
+    a_ids (B,), b_ids (N,) int64. The results are float32 (float64 for float64) and differentiable
+    in a, b_all and temperature. The kernels take E up to MAX_EMBEDDING, torch any. Under CUDA
+    autocast the kernels round float32 vectors to autocast's 16 bits, for the tensor cores; the
+    torch path keeps float32. Raises ValueError when the shapes do not fit."""
+    B = len(a)
+    N = len(b_all)
+    if a_ids.shape != (B,) or b_ids.shape != (N,) or not 0 <= first_row <= N - B:
+        raise ValueError(f"contrastive: {B} rows with ids {tuple(a_ids.shape)} from column "
+                         f"{first_row} do not fit {N} columns with ids {tuple(b_ids.shape)}: ids "
+                         f"are (B,) and (N,)")
+    run = contrastive_torch
     if use_triton(a) and a.shape[1] <= MAX_EMBEDDING:
-        return contrastive_triton(a, b_all, temperature, a_ids, b_ids, first_row, seed)
-    return contrastive_torch(a, b_all, temperature, a_ids, b_ids, first_row, seed)
+        run = contrastive_triton
+    return run(a, b_all, temperature, a_ids, b_ids, first_row)

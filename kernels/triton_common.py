@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import amd, interpreting
+import kernels
 
 LOG2_E = tl.constexpr(1.4426950408889634)       # exp(x) = 2^(x LOG2_E): GPUs have 2^x in hardware
 LN_2 = tl.constexpr(0.6931471805599453)         # and back
@@ -16,13 +16,13 @@ def computing_types(dtype) -> dict:
 
     The interpreter cannot multiply bfloat16, it silently returns garbage. There operands are
     float32, rounded as bfloat16 would be (ROUND)."""
-    emulated = dtype == torch.bfloat16 and interpreting()
+    emulated = dtype == torch.bfloat16 and kernels.interpreting()
     product = getattr(tl, str(dtype).removeprefix("torch."))
     return {
         "PRODUCT": tl.float32 if emulated else product,
         "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
         "ROUND": emulated,
-        "PASSES": "ieee" if amd() else "tf32x3",
+        "PASSES": "ieee" if kernels.amd() else "tf32x3",
     }
 
 

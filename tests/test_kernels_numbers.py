@@ -9,9 +9,11 @@ import torch
 
 from kernels import attention_triton, contrastive_triton, interpreting
 from kernels.attention import attention
-from kernels.contrastive import contrastive, contrastive_torch, counters
-from kernels.reference import (ALLOWED, DTYPES, attention_case, attention_errors, attention_with_shared_keys,
-                               contrast_errors, contrast_loss, random_attention, random_contrast)
+from kernels.contrastive import contrastive
+from kernels.packed import offsets
+from kernels.reference import (ALLOWED, DTYPES, attention_case, attention_errors, attention_of_groups, contrast_errors,
+                               contrast_loss, random_attention, random_contrast)
+from test_packing import gradients_in_chunks_and_with_checkpointing
 
 DEVICE = "cpu" if interpreting() else "cuda"
 if not interpreting():
@@ -31,12 +33,12 @@ def test_attention_equals_dense_float64_on_random_ragged_batches(name):
 
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("sizes", [(128, 128), (32, 64), (64, 32)])
-def test_attention_with_shared_keys_equals_dense_float64_whatever_the_tile(name, sizes, monkeypatch):
+def test_attention_of_groups_equals_dense_float64_whatever_the_tile(name, sizes, monkeypatch):
     if interpreting():
-        monkeypatch.setattr(attention_triton, "tiles", lambda *_: dict(QUERIES=sizes[0], KEYS=sizes[1]))
-    biased = attention_case(torch.Generator().manual_seed(1), *2 * (torch.tensor([137, 137]),), None, True, 1, 32,
-                            DTYPES[name], DEVICE)
-    for case in (attention_with_shared_keys(DTYPES[name], DEVICE), biased):
+        monkeypatch.setattr(attention_triton, "tile_sizes", lambda *_: dict(QUERIES=sizes[0], KEYS=sizes[1]))
+    lengths = torch.tensor([137, 137])
+    biased = attention_case(torch.Generator().manual_seed(1), lengths, lengths, True, (1, 32), DTYPES[name], DEVICE)
+    for case in (attention_of_groups(DTYPES[name], DEVICE), biased):
         errors = attention_errors(case)
         assert max(errors.values()) <= ALLOWED[name], errors
 
@@ -46,7 +48,7 @@ def test_contrast_equals_dense_float64(name):
     shapes = [(1, 1, 0), (2, 3, 1), (37, 91, 50), (130, 130, 0), (259, 600, 341)]
     for B, N, first_row in shapes:
         for t in (0.5, 0.07, 0.02, 0.001):
-            errors = contrast_errors(random_contrast(N, B, N, first_row, t, DTYPES[name], DEVICE))
+            errors = contrast_errors(random_contrast(N, (B, N, first_row), t, DTYPES[name], DEVICE))
             extreme = 10 if t == 0.001 and name in ("fp64", "fp32") else 1               # one rounding of logit 1,000
             assert max(errors.values()) <= extreme * ALLOWED[name], (B, N, t, errors)
 
@@ -55,70 +57,88 @@ def test_gradcheck():
     if not interpreting():
         pytest.skip("float64 kernels run in the interpreter only")
     for seed in (2, 4, 5):                                                           # fast_mode: random projections
-        *inputs, q_starts, k_starts, memory, bias = random_attention(seed, torch.float64, longest=5)
+        *inputs, q_starts, k_starts, bias = random_attention(seed, torch.float64, longest=5)
         inputs += [] if bias is None else [bias]
-        run = lambda q, k, v, b=None: attention(q, k, v, q_starts, k_starts, memory, b)
+        run = lambda q, k, v, b=None: attention(q, k, v, q_starts, k_starts, b)
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
-    case = random_contrast(0, 4, 9, 3, 0.2, torch.float64, E=5)
-    assert torch.autograd.gradcheck(lambda *x: contrastive(*x, *case[3:], None)[:3], case[:3])
+    case = random_contrast(0, (4, 9, 3), 0.2, torch.float64, E=5)
+    assert torch.autograd.gradcheck(lambda *x: contrastive(*x, *case[3:]), case[:3])
 
 
 def test_logits_of_ten_thousand_give_no_inf_and_no_nan():
     case = random_attention(3, torch.float32, DEVICE)
     q, k, v = (x.detach() * 100 for x in case[:3])
     assert attention(q, k, v, *case[3:]).isfinite().all()
-    a, b, t, *rest = random_contrast(0, 70, 150, 20, 0.001, torch.float32, DEVICE)
+    a, b, t, *rest = random_contrast(0, (70, 150, 20), 0.001, torch.float32, DEVICE)
     a, b = (30 * x.detach() for x in (a, b))
-    loss = contrast_loss(*contrastive(a.requires_grad_(), b.requires_grad_(), t, *rest, None)[:3], 150)
+    loss = contrast_loss(*contrastive(a.requires_grad_(), b.requires_grad_(), t, *rest))
     assert all(x.isfinite().all() for x in (loss, *torch.autograd.grad(loss, (a, b, t))))
 
 
-def test_a_view_nobody_reads_has_gradient_zero_and_a_query_without_memory_is_zero():
-    starts = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device=DEVICE)
+def test_keys_nobody_reads_have_gradient_zero_and_queries_without_keys_are_zero():
+    q_starts, k_starts = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 3, 3, 7], [0, 4, 7, 7]))
     q, k, v = (torch.randn(7, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3))
-    out = attention(q, k, v, starts, starts, torch.tensor([2, 0, -1], device=DEVICE))
+    out = attention(q, k, v, q_starts, k_starts)
     dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
-    assert (out[3:] == 0).all() and (dq[3:] == 0).all() and (dk[:3] == 0).all() and (dv[:3] == 0).all()
-    assert (out[:3] != 0).any() and (dv[3:] != 0).any()
+    assert (out[3:] == 0).all() and (dq[3:] == 0).all() and (dk[4:] == 0).all() and (dv[4:] == 0).all()
+    assert (out[:3] != 0).any() and (dv[:4] != 0).any()
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_every_row_is_in_one_block_and_spare_programs_have_none(rows):
+    """The arithmetic of find_block, for 3,000 sequences of 0 to 99 tokens."""
+    lengths = torch.randint(0, 100, (3000,), generator=torch.Generator().manual_seed(rows))
+    starts = offsets(lengths).long()
+    number = starts[:-1] // rows + torch.arange(3000)                                # of each sequence's first block
+    found = torch.zeros(int(starts[-1]), dtype=torch.int64)
+    for block in range(attention_triton.blocks(len(found), 3000, rows)):
+        i = int((number <= block).sum()) - 1
+        first = int(starts[i] + (block - number[i]) * rows)
+        found[first:min(first + rows, int(starts[i + 1]))] += 1
+    assert (found == 1).all()
+
+
+def test_more_sequences_than_one_slice_of_starts(monkeypatch):
+    count = 3000
+    if interpreting():
+        monkeypatch.setattr(attention_triton, "SLICE", attention_triton.tl.constexpr(8))     # not 1,024
+        count = 30
+    g = torch.Generator().manual_seed(2)
+    lengths = [torch.randint(0, 5, (count,), generator=g) for _ in range(2)]
+    case = attention_case(g, *lengths, False, (1, 16), torch.float32, DEVICE)
+    assert max(attention_errors(case).values()) <= ALLOWED["fp32"]
+
+
+def test_checkpointing_and_the_gradient_cache_work_with_the_kernels():
+    """Both unpack each saved tensor only once."""
+    gradients_in_chunks_and_with_checkpointing(DEVICE)
 
 
 def test_a_column_that_lost_every_row_is_minus_infinity_with_gradient_zero():
-    a, b, t, ids, all_ids, _ = random_contrast(0, 3, 9, 0, 0.07, torch.float32, DEVICE)
-    ids, all_ids = torch.arange(6, device=DEVICE).view(3, 2), torch.arange(18, device=DEVICE).view(9, 2)
-    all_ids[7], ids[:] = 100, 100
-    out = contrastive(a, b, t, ids, all_ids, 0, None)
+    a, b, t, *_ = random_contrast(0, (3, 9, 0), 0.07, torch.float32, DEVICE)
+    ids, all_ids = torch.full((3,), 100, device=DEVICE), torch.arange(9, device=DEVICE)
+    all_ids[7] = 100
+    out = contrastive(a, b, t, ids, all_ids, 0)
     assert out.column_lse[7] == -torch.inf and out.column_lse[:7].isfinite().all()
     da, db, dt = torch.autograd.grad(out.column_lse, (a, b, t), torch.ones_like(out.column_lse))
     assert (db[7] == 0).all() and all(x.isfinite().all() for x in (da, db, dt))
-
-
-@pytest.mark.parametrize("sizes", [(32, 32), (64, 128), (128, 64)])
-def test_hard_negatives_are_torchs_whatever_the_tile(sizes, monkeypatch):
-    if interpreting():
-        monkeypatch.setattr(contrastive_triton, "tiles", lambda *_: dict(ROWS=sizes[0], COLUMNS=sizes[1]))
-    shapes = [(1, 4, 2, 0.07, 32), (2, 2, 0, 0.07, 32), (75, 150, 75, 0.5, 72), (140, 140, 0, 0.07, 256),
-              (140, 140, 0, 0.001, 32)]
-    for seed, (B, N, first_row, t, E) in enumerate(shapes):
-        case = random_contrast(seed, B, N, first_row, t, torch.float32, DEVICE, E)
-        kernel, torchs = contrastive(*case, 2 ** 40 + seed), contrastive_torch(*case, 2 ** 40 + seed)
-        assert kernel.wrong_a.equal(torchs.wrong_a) and kernel.wrong_b.equal(torchs.wrong_b)
 
 
 def everything(moat=0):
     """Outputs and gradients of both kernels on fixed cases, as one list."""
     results = []
     for case in (*(random_attention(seed, torch.float32, DEVICE, moat=moat) for seed in (3, 4)),
-                 attention_with_shared_keys(torch.float32, DEVICE, moat)):
-        out, inputs = attention(*case), [x for x in (*case[:3], case[6]) if x is not None]
+                 attention_of_groups(torch.float32, DEVICE, moat)):
+        out, inputs = attention(*case), [x for x in (*case[:3], case[5]) if x is not None]
         results += [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
-    case = random_contrast(1, 150, 333, 100, 0.07, torch.float32, DEVICE)
+    case = random_contrast(1, (150, 333, 100), 0.07, torch.float32, DEVICE)
     if moat:                                                                         # vectors in a matrix of nan
         wide = [torch.full((len(x) + 2 * moat, 48), torch.nan, device=DEVICE) for x in case[:2]]
         for w, x in zip(wide, case[:2]):
             w[moat:-moat, :32] = x.detach()
         case = (*(w[moat:-moat, :32].requires_grad_() for w in wide), *case[2:])
-    out = contrastive(*case, 5)
-    return results + [*out, *torch.autograd.grad(contrast_loss(*out[:3], 333), case[:3])]
+    out = contrastive(*case)
+    return results + [*out, *torch.autograd.grad(contrast_loss(*out), case[:3])]
 
 
 def test_no_kernel_reads_or_writes_outside_its_matrices(monkeypatch):
@@ -164,34 +184,32 @@ def test_torch_compile_takes_the_kernels_as_they_are():
         expected = torch.autograd.grad(attention(*case).sum(), case[:3])
         with torch.compiler.set_stance(stance):
             assert all(x.equal(y) for x, y in zip(torch.autograd.grad(step(*case), case[:3]), expected))
-    step = compile(lambda *x: contrastive(*x, 7, 3))
+    step = compile(lambda *x: contrastive(*x, 7))
     for B, N, stance in ((20, 50, "default"), (33, 61, "fail_on_recompile")):
-        case = random_contrast(1, B, N, 7, 0.07, torch.float32, DEVICE)
+        case = random_contrast(1, (B, N, 7), 0.07, torch.float32, DEVICE)
         with torch.compiler.set_stance(stance):
-            got, expected = step(*case[:5]), contrastive(*case, 3)
+            got, expected = step(*case[:5]), contrastive(*case)
         assert all(x.equal(y) for x, y in zip(got, expected))
-        gradients = [torch.autograd.grad(contrast_loss(*x[:3], N), case[:3]) for x in (got, expected)]
+        gradients = [torch.autograd.grad(contrast_loss(*x), case[:3]) for x in (got, expected)]
         assert all(x.equal(y) for x, y in zip(*gradients))
-    a, b, t, ids, *_ = random_contrast(1, 20, 20, 0, 0.07, torch.float32, DEVICE)
-    torch.library.opcheck(contrastive_triton.draw_op, (a.detach(), b.detach(), t.detach(), ids, ids,
-                          *counters(20, 0, 3, 0, DEVICE)), test_utils="test_faketensor")     # its shape, untraced above
 
 
 def test_the_kernels_are_what_ran(monkeypatch):
     ran = []
+    plain = contrastive_triton.statistics_op
     monkeypatch.setattr(attention_triton, "attention_op", lambda q, *_: ran.append("attention") or (q, q))
-    monkeypatch.setattr(contrastive_triton, "draw_op", lambda x, *_: ran.append("draw") or x)
+    monkeypatch.setattr(contrastive_triton, "statistics_op", lambda *x: ran.append("contrast") or plain(*x))
     attention(*random_attention(3, torch.float32, DEVICE))
-    contrastive(*random_contrast(0, 4, 4, 0, 0.07, torch.float32, DEVICE), 1)
-    assert ran == ["attention", "draw", "draw"]
+    contrastive(*random_contrast(0, (4, 4, 0), 0.07, torch.float32, DEVICE))
+    assert ran == ["attention", "contrast"]
 
 
 def test_many_tiles_per_program_and_many_launches_equal_dense_float64(monkeypatch):
     """The paths of a large batch: sums scaled down as the maximum rises, and partial results of several launches."""
     if interpreting():
-        monkeypatch.setattr(contrastive_triton, "tiles", lambda *_: dict(ROWS=32, COLUMNS=64))
+        monkeypatch.setattr(contrastive_triton, "tile_sizes", lambda *_: dict(ROWS=32, COLUMNS=64))
     monkeypatch.setattr(contrastive_triton, "PROGRAMS", 1)
     monkeypatch.setattr(contrastive_triton, "ROWS_PER_LAUNCH", 128)
     for name in TYPES:
-        errors = contrast_errors(random_contrast(0, 259, 600, 341, 0.07, DTYPES[name], DEVICE, E=72))
+        errors = contrast_errors(random_contrast(0, (259, 600, 341), 0.07, DTYPES[name], DEVICE, E=72))
         assert max(errors.values()) <= ALLOWED[name], errors

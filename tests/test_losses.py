@@ -2,11 +2,12 @@
 import math
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 import losses
-from losses import contrastive_loss, cross_view, masked_lm_loss, matching_loss
+from losses import MaskedText, Options, contrastive_loss, cross_view, hard_negatives, masked_lm_loss, matching_loss
 from model import View
 from test_packing import example, make, packed_losses
 
@@ -32,19 +33,18 @@ def test_contrast_equals_two_cross_entropies():
     t = torch.tensor(0.07, dtype=torch.float64)
     logits = a.vectors @ b.vectors.T / t
     expected = (F.cross_entropy(logits, a.ids) + F.cross_entropy(logits.T, a.ids)) / 2
-    assert abs(float(contrastive_loss(a, b, t, seed=0)[0] - expected)) < 1e-12
+    assert abs(float(contrastive_loss(a, b, t) - expected)) < 1e-12
 
 
 def test_same_things_are_neither_positives_nor_negatives():
-    """`same` when a's ids or b's ids agree: the loss is that of the matrix without those pairs."""
-    a, b = views(6)
-    a, b = a._replace(ids=torch.tensor([0, 0, 1, 2, 3, 4])), b._replace(ids=torch.tensor([0, 1, 2, 3, 3, 4]))
+    """The loss is that of the matrix without pairs of equal ids."""
+    a, b = views(6, ids=torch.tensor([0, 0, 1, 2, 2, 3]))
     t = torch.tensor(0.1, dtype=torch.float64)
     logits = a.vectors @ b.vectors.T / t
     for i, j in ((0, 1), (1, 0), (3, 4), (4, 3)):
         logits[i, j] = -torch.inf
     expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))) / 2
-    assert abs(float(contrastive_loss(a, b, t, seed=0)[0] - expected)) < 1e-12
+    assert abs(float(contrastive_loss(a, b, t) - expected)) < 1e-12
 
 
 def test_positive_same_things_share_the_label():
@@ -58,30 +58,51 @@ def test_positive_same_things_share_the_label():
     logits = a.vectors @ b.vectors.T / t
     expected = -((labels * logits.log_softmax(1)).sum() + (labels * logits.T.log_softmax(1)).sum()) / 12
     wanted = torch.autograd.grad(expected, (a.vectors, b.vectors, t))
-    got, wrong = contrastive_loss(a, b, t, seed=0, same="positive")
+    got = contrastive_loss(a, b, t, same="positive")
     assert abs(float((got - expected).detach())) < 1e-12
     for x, y in zip(torch.autograd.grad(got, (a.vectors, b.vectors, t)), wanted):
         assert torch.allclose(x, y, rtol=0, atol=1e-12)
-    assert (ids[wrong[0]] != ids).all() and (ids[wrong[1]] != ids).all()
 
 
-def test_wrong_partners_follow_the_stated_weights():
-    """Chi-square of 4,000 draws per row against softmax + 1e-5 with itself and `same` at 0; never a forbidden pair."""
+@pytest.mark.parametrize("side", [0, 1])
+def test_hard_negatives_follow_the_stated_weights(side):
+    """Chi-square of 4,000 draws per row against softmax + 1e-5 with itself and `same` at 0; never a forbidden pair.
+    Side 0 draws an a for every b: its softmax is over a column of the logits."""
     ids = torch.tensor([0, 1, 2, 1, 3, 4, 5, 6])
     a, b = views(8, E=4, ids=ids)
     t, draws = torch.tensor(0.5, dtype=torch.float64), 4000
-    weights = (a.vectors @ b.vectors.T / t).softmax(1) + 1e-5
+    logits = a.vectors @ b.vectors.T / t
+    weights = (logits if side else logits.T).softmax(1) + 1e-5
     forbidden = ids[:, None] == ids
     weights = weights.masked_fill(forbidden, 0)
     counts = torch.zeros(8, 8, dtype=torch.float64)
     for seed in range(draws):
-        wrong_b = contrastive_loss(a, b, t, seed)[1][1]
-        counts[torch.arange(8), wrong_b] += 1
+        counts[torch.arange(8), hard_negatives(a, b, t, seed)[side]] += 1
     assert counts[forbidden].sum() == 0
     expected = draws * weights / weights.sum(1, keepdim=True)
     chi2 = ((counts - expected).square() / expected.clamp(min=1e-9))[~forbidden].sum()
     freedom = int((~forbidden).sum()) - 8
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom), (float(chi2), freedom)
+
+
+def test_hard_negatives_depend_on_seed_rank_and_side_only(monkeypatch):
+    a, b = views(60)
+    t = torch.tensor(0.5, dtype=torch.float64)
+    first, again, other = (torch.stack(hard_negatives(a, b, t, seed)) for seed in (7, 7, 8))
+    monkeypatch.setattr(losses, "world", lambda: (1, 2))
+    elsewhere = torch.stack(hard_negatives(a, b, t, 7))                      # another process draws by itself
+    differ = lambda x, y: (x != y).float().mean() > 0.5
+    assert first.equal(again)
+    assert differ(first, other) and differ(first, elsewhere) and differ(first[0], first[1])
+
+
+def test_a_row_without_a_negative_gets_minus_one():
+    t = torch.tensor(0.07, dtype=torch.float64)
+    one_thing, single = views(3, ids=torch.tensor([4, 4, 4])), views(1)
+    two_things = views(3, ids=torch.tensor([4, 4, 5]))
+    assert [x.tolist() for x in hard_negatives(*one_thing, t, 0)] == [[-1, -1, -1]] * 2
+    assert [x.tolist() for x in hard_negatives(*single, t, 0)] == [[-1]] * 2
+    assert all(x[:2].tolist() == [2, 2] and int(x[2]) in (0, 1) for x in hard_negatives(*two_things, t, 0))
 
 
 def test_match_leaves_out_items_without_a_wrong_partner():
@@ -107,8 +128,9 @@ def test_without_match_no_pair_is_fused_and_every_parameter_takes_part():
     model = make()
     images, words, starts, masked, rows, ids = example(model)
     a, b = model.encode_image(images, ids), model.encode_text(words, starts, ids)
-    got = cross_view(model, a, b, model.encode_text(masked, starts, ids).states, rows, words[rows], 0,
-                     weights={"contrast": 1.0, "match": 0.0, "mask": 1.0})
+    options = Options(weights={"contrast": 1.0, "match": 0.0, "mask": 1.0})
+    states = model.encode_text(masked, starts, ids).states
+    got = cross_view(model, a, b, MaskedText(states, rows, words[rows]), 0, options=options)
     got["loss"].backward()
     assert float(got["match"].detach()) == 0 and all(p.grad is not None for p in model.parameters())
 
@@ -117,8 +139,10 @@ def test_without_condition_hidden_words_do_not_see_a():
     model = make()
     images, words, starts, masked, rows, ids = example(model)
     b, hidden = model.encode_text(words, starts, ids), model.encode_text(masked, starts, ids)
-    mask = [float(cross_view(model, model.encode_image(x, ids), b, hidden.states, rows, words[rows], 0,
-                             condition=c)["mask"].detach())
+    hidden = MaskedText(hidden.states, rows, words[rows])
+    negatives = torch.arange(5).roll(1), torch.arange(5).roll(2)              # given: drawn ones depend on the images
+    mask = [float(cross_view(model, model.encode_image(x, ids), b, hidden, 0, negatives,
+                             Options(condition=c))["mask"].detach())
             for c in (True, False) for x in (images, -images)]
     assert mask[0] != mask[1] and mask[2] == mask[3]
 

@@ -11,12 +11,13 @@ import torch
 
 import weights
 from kernels.packed import offsets
-from losses import cross_view
+from losses import MaskedText, Options, cross_view
 from model import CCLM, Config
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 HEADS = {"vision_heads": 4, "text_heads": 4, "fusion_heads": 4}              # toy heads are 16 wide, not 64
 PAIRS, WORDS = {"contrast": 1.0, "match": 1.0, "mask": 0.0}, {"contrast": 0.0, "match": 0.0, "mask": 1.0}
+PAIRS, WORDS = Options(PAIRS), Options(WORDS)
 TOLERANCE = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-5, 1e-4)}       # of states and losses, of gradients
 
 
@@ -114,7 +115,7 @@ def test_image_text_gives_the_official_numbers(name, dtype):
         assert error(view.vectors, vectors) < near
     check_fusion(model, expected, near, image, caption, text["text_atts"], masked, image, text["text_atts"])
     wrong = expected["neg_image_idx"], expected["neg_text_idx"]
-    losses = cross_view(model, image, caption, masked.states, rows, truth, seed=0, negatives=wrong)
+    losses = cross_view(model, image, caption, MaskedText(masked.states, rows, truth), seed=0, negatives=wrong)
     for ours, theirs in (("contrast", "loss_itc"), ("match", "loss_itm"), ("mask", "loss_mlm")):
         assert error(losses[ours], expected["loss"][theirs]) < near, ours
     losses["loss"].backward()
@@ -138,8 +139,8 @@ def test_parallel_text_gives_the_official_numbers(name, dtype):
         assert error(view.vectors, vectors) < near
     check_fusion(model, expected, near, a, b, t2["text_atts"], masked, b, t1["text_atts"])
     wrong = expected["neg_image_idx"], expected["neg_text_idx"]
-    first = cross_view(model, a, b, b.states, rows[:0], truth[:0], 0, wrong, weights=PAIRS)
-    second = cross_view(model, b, a, masked.states, rows, truth, 0, wrong, weights=WORDS)
+    first = cross_view(model, a, b, MaskedText(b.states, rows[:0], truth[:0]), 0, wrong, PAIRS)
+    second = cross_view(model, b, a, MaskedText(masked.states, rows, truth), 0, wrong, WORDS)
     for got, theirs in ((first["contrast"], "loss_ttc"), (first["match"], "loss_ttm"), (second["mask"], "loss_mlm")):
         assert error(got, expected["loss"][theirs]) < near, theirs
     (first["loss"] + second["loss"]).backward()
@@ -159,8 +160,9 @@ def test_retrieval_fine_tuning_gives_the_official_numbers(dtype):
     assert error(caption.states, real(expected["get_text_embeds"][0], text["text_atts"])) < 1e-5
     check_fusion(model, expected, 1e-5, image, caption, text["text_atts"])
     nothing = torch.zeros(0, dtype=torch.long)
-    losses = cross_view(model, image, caption, caption.states, nothing, nothing, 0, same="positive",
-                        negatives=(expected["neg_image_idx"], expected["neg_text_idx"]), weights=PAIRS)
+    wrong = expected["neg_image_idx"], expected["neg_text_idx"]
+    losses = cross_view(model, image, caption, MaskedText(caption.states, nothing, nothing), 0, wrong,
+                        PAIRS._replace(same="positive"))
     for ours, theirs in (("contrast", "loss_itc"), ("match", "loss_itm")):
         assert error(losses[ours], expected["loss"][theirs]) < 1e-5, ours
     losses["loss"].backward()

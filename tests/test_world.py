@@ -37,11 +37,11 @@ def worker(out, dtype, spm):
     objective = train.Objective(model, args)
     plain = losses.cross_view
 
-    def cross_view(model, a, b, *rest, **options):                           # this process's share of given partners
+    def cross_view(model, a, b, masked, seed, options):                      # this process's share of given partners
         B = len(a.ids)
         wrong = given_wrong(B * W)[rank * B:(rank + 1) * B]
         wrong = torch.where(wrong < 0, wrong, wrong - rank * B)
-        return plain(model, a, b, *rest, negatives=(wrong, wrong), **options)
+        return plain(model, a, b, masked, seed, (wrong, wrong), options)
     train.cross_view = cross_view
     image, pair, _ = data.Batches(tokenizer, data.DemoImages(), data.DemoParallel(), 8, 16, seed=3, rank=rank, world=W)[0]
     image["ids"][:] = torch.arange(rank * (8 // W), (rank + 1) * (8 // W)) // 3      # some are the same thing
