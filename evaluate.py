@@ -3,8 +3,11 @@
     dual encoder   score = cosine of two vectors made apart: n + I encodings give n x I scores
     re-ranking     the fusion encoder reads a query's K best pairs again:
                    score = cosine / temperature + 1/4 log-odds of the match head
-    by match       the same K in the order of the match head alone, as published (section 4.3)
+    by match       the same K by the match head alone: as published (official Retrieval.py:117)
     recall R@k     share of queries (%) with a right answer among the first k
+
+Keys of the results: t2i text to image, i2t image to text; reranked_ and matched_ for the two other
+orders; _equal where captions that read the same are equally right.
 
 Why the sum: the match head learned to tell true pairs from false ones that were drawn by
 softmax(cosine / temperature). The best log-odds for that are log(p(true) / p(drawn)), which is all
