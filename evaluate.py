@@ -3,8 +3,11 @@
     dual encoder   score = cosine of two vectors made apart: n + I encodings give n x I scores
     re-ranking     the fusion encoder reads a query's K best pairs again:
                    score = cosine / temperature + 1/4 log-odds of the match head
-    by match       the same K in the order of the match head alone, as published (section 4.3)
+    by match       the same K by the match head alone: as published (official Retrieval.py:117)
     recall R@k     share of queries (%) with a right answer among the first k
+
+Keys of the results: t2i text to image, i2t image to text; reranked_ and matched_ for the two other
+orders; _equal where captions that read the same are equally right.
 
 Why the sum: the match head learned to tell true pairs from false ones that were drawn by
 softmax(cosine / temperature). The best log-odds for that are log(p(true) / p(drawn)), which is all
@@ -96,11 +99,15 @@ def encode_images(model, images):
     return join(views)
 
 
+def longest_text(model):
+    """The most tokens of a caption or query that this model reads."""
+    return min(SENTENCE_TOKENS, model.text.longest)
+
+
 def encode_texts(model, tokenizer, texts):
     """n texts -> View of the U different ones, and each text's place in it (n,)."""
     device = model.temperature.device
-    longest = min(SENTENCE_TOKENS, model.text.longest)
-    token_ids = [tuple(tokenizer.encode(text, longest)) for text in texts]
+    token_ids = [tuple(tokenizer.encode(text, longest_text(model))) for text in texts]
     different = sorted(set(token_ids), key=lambda ids: (len(ids), ids))      # a batch: like lengths
     views = []
     for first in range(0, len(different), BATCH):
@@ -387,8 +394,8 @@ def explain(model, tokenizer, image_batch):
     # The two encoders: views of the images, of the captions, and of the masked captions.
     a = model.encode_image(normalise(image_batch["images"]), ids)
     b = model.encode_text(sentences.token_ids, sentences.starts, ids)
-    states = model.encode_text(masked.token_ids, sentences.starts, ids).states
-    masked_text = MaskedText(states, masked.positions, masked.labels)
+    masked_states = model.encode_text(masked.token_ids, sentences.starts, ids).states
+    masked_text = MaskedText(masked_states, masked.positions, masked.labels)
     print(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} and one "
           f"unit vector of {a.vectors.shape[1]}\nview b          caption 0: {end} states and one "
           f"unit vector; their cosine is {a.vectors[0] @ b.vectors[0]:.3f}")
