@@ -256,8 +256,8 @@ def print_resources(targets: list, quick: bool) -> int:
                 wrong = r["spilled"] or r["shared"] > 1024 * SHARED_LIMIT[name]
                 wrong = wrong or "16" in title and not r["tensor"]
                 bad += bool(wrong) and not name.startswith("gfx")
-                sizes = [given[k] for k in ("QUERIES", "KEYS", "ROWS", "COLUMNS") if k in given]
-                tile = f"{sizes[0]} x {sizes[1]}, {given['num_warps']}"
+                rows, columns = given["c"][-2:]
+                tile = f"{rows} x {columns}, {given['num_warps']}"
                 cell = f"{r['registers']} / {r['spilled']} / {r['shared'] / 1024:.0f}"
                 cell += f" / {r['tensor']}" + (" !" if wrong else "")
                 cells.setdefault(kernel_name, [tile]).append(cell)

@@ -35,7 +35,7 @@ def test_attention_equals_dense_float64_on_random_ragged_batches(name):
 @pytest.mark.parametrize("sizes", [(128, 128), (32, 64), (64, 32)])
 def test_attention_of_groups_equals_dense_float64_whatever_the_tile(name, sizes, monkeypatch):
     if interpreting():
-        monkeypatch.setattr(attention_triton, "tile_sizes", lambda *_: dict(QUERIES=sizes[0], KEYS=sizes[1]))
+        monkeypatch.setattr(attention_triton, "tile_sizes", lambda *_: (*sizes, 4, 1))
     lengths = torch.tensor([137, 137])
     biased = attention_case(torch.Generator().manual_seed(1), lengths, lengths, True, (1, 32), DTYPES[name], DEVICE)
     for case in (attention_of_groups(DTYPES[name], DEVICE), biased):
@@ -91,7 +91,7 @@ def test_every_row_is_in_one_block_and_spare_programs_have_none(rows):
     starts = offsets(lengths).long()
     number = starts[:-1] // rows + torch.arange(3000)                                # of each sequence's first block
     found = torch.zeros(int(starts[-1]), dtype=torch.int64)
-    for block in range(attention_triton.blocks(len(found), 3000, rows)):
+    for block in range(len(found) // rows + 3000):
         i = int((number <= block).sum()) - 1
         first = int(starts[i] + (block - number[i]) * rows)
         found[first:min(first + rows, int(starts[i + 1]))] += 1
@@ -207,7 +207,7 @@ def test_the_kernels_are_what_ran(monkeypatch):
 def test_many_tiles_per_program_and_many_launches_equal_dense_float64(monkeypatch):
     """The paths of a large batch: sums scaled down as the maximum rises, and partial results of several launches."""
     if interpreting():
-        monkeypatch.setattr(contrastive_triton, "tile_sizes", lambda *_: dict(ROWS=32, COLUMNS=64))
+        monkeypatch.setattr(contrastive_triton, "tile_sizes", lambda *_: (32, 64, 4))
     monkeypatch.setattr(contrastive_triton, "PROGRAMS", 1)
     monkeypatch.setattr(contrastive_triton, "ROWS_PER_LAUNCH", 128)
     for name in TYPES:
