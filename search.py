@@ -65,16 +65,16 @@ def check_queries(queries):
 
 
 def best_images(model, tokenizer, queries, vectors, top):
-    """Image vectors (I, E) -> for each query its `top` best: [[(cosine, image), ...], ...]."""
+    """Image vectors (I, E) -> cosines and numbers of each query's `top` best, two (Q, top)."""
     texts, place = evaluate.encode_texts(model, tokenizer, queries)
     cosine = texts.vectors[place] @ vectors.T                                # (Q, E) -> (Q, I)
-    scores, images = cosine.topk(min(top, len(vectors)), 1)                  # (Q, top), (Q, top)
-    return [list(zip(*pair)) for pair in zip(scores.tolist(), images.tolist())]
+    return cosine.topk(min(top, len(vectors)), 1)                            # (Q, I) -> (Q, top)
 
 
 def figure(rank, score, file):
     """A small copy of an image and its caption as HTML; the file's name is escaped."""
-    image, png = open_image(file), io.BytesIO()
+    image = open_image(file)
+    png = io.BytesIO()
     image.thumbnail((160, 160))
     image.save(png, "PNG")
     picture = base64.b64encode(png.getvalue()).decode()
@@ -90,15 +90,15 @@ def search(args, device):
     check_queries(args.queries)
     model, tokenizer = evaluate.load(args.ckpt, device)
     files, vectors = encode_folder(model, files)
-    found = best_images(model, tokenizer, args.queries, vectors, args.top)
+    cosines, images = best_images(model, tokenizer, args.queries, vectors, args.top)
     page = [HEAD]
     longest = evaluate.longest_text(model)
-    for query, hits in zip(args.queries, found):
-        if len(tokenizer.encode(query)) > longest:
+    for query, scores, numbers in zip(args.queries, cosines.tolist(), images.tolist()):
+        if len(tokenizer.encode(query, None)) > longest:
             query += f" (cut at {longest} tokens)"
         print(query)
         page.append(f'<h2 dir="auto">{html.escape(query)}</h2>')
-        for rank, (score, i) in enumerate(hits, 1):
+        for rank, (score, i) in enumerate(zip(scores, numbers), 1):
             print(f"{rank:4}  {score:6.3f}  {files[i]}")
             page.append(figure(rank, score, files[i]))
     args.html.write_text("\n".join(page), encoding="utf-8")
