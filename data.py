@@ -18,6 +18,7 @@ Letters: B examples per process, W processes, N = W*B, T tokens, M masked tokens
     python data.py tokenizer ...     makes a tokenizer from texts
 """
 import argparse
+import contextlib
 import bisect
 import functools
 import io
@@ -462,6 +463,32 @@ def image_files(arguments, size, languages=(), cache=None, root=None):
 
 def pair_files(arguments, languages=(), cache=None):
     return mixed(arguments, lambda some: PairFiles(some, languages, cache))
+
+
+class HeldOut:
+    """A dataset of one's own images without every k-th record; on those, the run validates."""
+
+    def __init__(self, dataset, count):
+        """count: about so many are held out."""
+        if isinstance(dataset, Mixture):
+            raise ValueError("--held_out does not go with weighted sources: give no weights")
+        self.dataset = dataset
+        self.k = max(2, len(dataset) // count)
+
+    def __len__(self):
+        return len(self.dataset) - len(self.dataset) // self.k
+
+    def __getitem__(self, key):
+        index, rng = key
+        return self.dataset[index + index // (self.k - 1), rng]    # one is left out after k - 1
+
+    def rows(self):
+        """The records that are held out, as evaluate.retrieval wants them. Bad ones are no rows."""
+        rows = []
+        for index in range(self.k - 1, len(self.dataset), self.k):
+            with contextlib.suppress(BadRecord):
+                rows.append(self.dataset.row(index))
+        return rows
 
 
 def streams(args, size):

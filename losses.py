@@ -44,8 +44,8 @@ def world():
 
 class AllGather(torch.autograd.Function):
     """(B, E) of every process -> (N, E) on every process. The backward pass sums the gradients that
-    all processes have for this process's rows. (The official gather keeps only its own: a gradient
-    W times too small. Official code, models/xvlm.py, AllGather.)"""
+    all processes have for this process's rows. (The official code, models/xvlm.py:82, keeps only
+    its own: a gradient W times too small.)"""
 
     @staticmethod
     def forward(ctx, x):
@@ -82,7 +82,7 @@ def global_mean(own_sum, own_count):
 # --------------------------------------------------------------------------------------------------
 
 def contrastive_loss(a, b, temperature, same="ignore"):
-    """Symmetric InfoNCE over the vectors of all processes, the paper's equation 1 -> scalar.
+    """Symmetric InfoNCE over the vectors of all processes -> scalar.
 
     a, b: Views of B items. Items with equal a.ids are the `same` thing. "ignore" (pre-training):
     they are neither positives nor negatives of each other. "positive" (retrieval fine-tuning): they
@@ -135,7 +135,7 @@ def sum_of_columns(part, first, B):
 # 2. Match: hard negatives, then a yes-no question
 # --------------------------------------------------------------------------------------------------
 
-UNIFORM_WEIGHT = 1e-5       # official code, models/xvlm.py, get_matching_loss: any pair can be drawn
+UNIFORM_WEIGHT = 1e-5       # any pair can be drawn (official code, models/xvlm.py:459)
 
 
 @torch.no_grad()
@@ -217,7 +217,7 @@ def masked_lm_loss(head, states, labels):
 
 class Options(NamedTuple):
     """What a run can change in the loss."""
-    weights: dict = {"contrast": 1.0, "match": 1.0, "mask": 1.0}         # as in the official code
+    weights: dict = {"contrast": 1.0, "match": 1.0, "mask": 1.0}         # as published
     same: str = "ignore"                # or "positive", see contrastive_loss
     condition: bool = True              # False, an ablation: masked tokens are predicted without a
 

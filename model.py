@@ -47,12 +47,12 @@ class Config:
     vision: str = "vit"                 # "vit" (ViT, DeiT), "clip" or "beit2"
     image_size: int = 64                # pixels, square
     patch_size: int = 16
-    stem: bool = False                  # small convolutions, not a patch-wide one (arXiv 2106.14881)
+    stem: bool = False                  # small convolutions for patches (arXiv 2106.14881)
     vision_layers: int = 4
     vision_heads: int = 2
     vision_mlp: int = 512
     vision_eps: float = 1e-6
-    drop_path: float = 0.0              # stochastic depth of the last vision layer (arXiv 1603.09382)
+    drop_path: float = 0.0              # stochastic depth: the last layer's rate
     # text
     vocabulary: int = 8002              # V; the tokenizer decides
     positions: int = 130                # rows of the position table; the first `offset` are unused
@@ -66,7 +66,7 @@ class Config:
     fusion_heads: int = 2
     fusion_mlp: int = 512
     fusion_eps: float = 1e-5
-    shared_fusion: bool = True          # False, an ablation: parallel text has its own (text_fusion)
+    shared_fusion: bool = True          # False, an ablation: parallel text has one of its own
     tied: bool = True                   # masked LM's decoder is the token embedding (CCLM-3M/4M);
                                         # False: a matrix of its own (CCLM-X2VLM)
     # initial weights: standard deviations, see init_weights
@@ -334,7 +334,7 @@ class ViT(nn.Module):
             x = run(layer, x, starts)
         x = self.norm(x)
         if self.config.vision == "beit2":
-            # row 0 becomes the mean of the normalised patches (official code, models/beit2.py)
+            # row 0 becomes the mean of the normalised patches (official code, beit2.py:409)
             patches = x.view(B, P, D)[:, 1:]                             # (B, P-1, D)
             mean = patches.mean(1, keepdim=True)                         # (B, 1, D)
             x = torch.cat([mean, patches], 1).view(-1, D)                # (B * P, D)

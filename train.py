@@ -248,8 +248,8 @@ class Pretraining(nn.Module):
         report()                    -> results.json of a finished run
     """
 
-    def __init__(self, model, tokenizer, args, validation_rows=partial(emoji.split, "val")):
-        """validation_rows: a function that makes the rows to validate on, called once."""
+    def __init__(self, model, tokenizer, args, validation_rows=None):
+        """validation_rows: a function that makes the rows to validate on, or None."""
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -262,9 +262,11 @@ class Pretraining(nn.Module):
             self.chance[f"{stream}_contrast"] = math.log(batch)
             self.chance[f"{stream}_match"] = 0.6365             # entropy of 1 true : 2 false pairs
             self.chance[f"{stream}_mask"] = math.log(tokenizer.size)
-        self.validation_rows = cache(validation_rows)
-        groups = ("seen", "text_only", "never") if is_demo(args) else ("all",)
-        self.validation = [f"val_{group}_{key}" for group in groups for key in RECALLS]
+        self.validation = []
+        if validation_rows:
+            self.validation_rows = cache(validation_rows)       # made when they are first needed
+            groups = ("seen", "text_only", "never") if is_demo(args) else ("all",)
+            self.validation = [f"val_{group}_{key}" for group in groups for key in RECALLS]
 
     def forward(self, image, text, seed):
         """A step's batches (data.Batches) -> loss, {"image_contrast": ..., "temperature": ...}."""
@@ -532,8 +534,8 @@ def prepare(args, device):
     say(recipe_lines(args, tokenizer.size))
     say(f"{path}: {state['step']} of {args.steps} steps are done" if state else f"start: {origin}")
 
-    batches = make_batches(args, model, tokenizer)
-    objective = Pretraining(model, tokenizer, args).to(device)
+    batches, validation_rows = make_batches(args, model, tokenizer)
+    objective = Pretraining(model, tokenizer, args, validation_rows).to(device)
     start = state or (read_checkpoint(args.init, mmap=True) if args.init else {"config": {}})
     new = start["config"].get("new", [])
     groups = parameter_groups(objective, learning_rate(args, set(new)), args.weight_decay)
@@ -567,14 +569,20 @@ def prepare(args, device):
 
 
 def make_batches(args, model, tokenizer):
-    """The two streams as the recipe wants them, within the model's table of positions."""
+    """The two streams as the recipe wants them -> data.Batches, and what makes the rows to
+    validate on: the demo's val split, records held out of own files, or None."""
     images, texts = data.streams(args, model.config.image_size)
-    longest = model.text.longest
+    validation_rows = partial(emoji.split, "val") if is_demo(args) else None
+    if args.held_out:
+        images = data.HeldOut(images, args.held_out)
+        validation_rows = images.rows
+    longest = model.text.longest            # no sentence is longer than the table of positions
     image_stream = data.Stream(images, args.batch, min(args.caption_tokens, longest),
                                args.mask_probability, args.caption_masked)
     text_stream = texts and data.Stream(texts, args.text_batch, min(args.sentence_tokens, longest),
                                         args.mask_probability, args.sentence_masked)
-    return data.Batches(tokenizer, image_stream, text_stream, args.seed, *world())
+    batches = data.Batches(tokenizer, image_stream, text_stream, args.seed, *world())
+    return batches, validation_rows
 
 
 STOP = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")      # SLURM sends the last one before the first
@@ -646,7 +654,7 @@ def train(run):
             run.skipped += not verdict.finite
             row |= {"skipped": run.skipped} | speed(batch, time.perf_counter() - clock)
             if log:
-                if args.validate_every and run.step % args.validate_every == 0:
+                if validates(run):
                     row |= run.objective.validate()
                 log.write(row)
             if run.step % args.log_every == 0 or run.step == last or not verdict.finite:
@@ -665,20 +673,26 @@ def train(run):
                 return
 
 
+def validates(run):
+    """Is a validation due after this step?"""
+    every = run.args.validate_every
+    return run.objective.validation and every and run.step % every == 0
+
+
 def finish(run):
     """Evaluates a finished run -> out/results.json and the table. Rank 0 works, the others wait."""
     args = run.args
     if run.step < args.steps or world()[0] > 0:
         return
-    if not is_demo(args):
+    if not is_demo(args) or not args.eval:
         say(f"step {run.step} of {args.steps} is done, {run.path} and log.csv are written; to "
             f"measure recall: python evaluate.py retrieval --ckpt {run.path} --data FILE")
-    elif args.eval:
-        say("evaluating on the test sets ...")
-        report = json.dumps(run.objective.report(), indent=1)
-        pathlib.Path(args.out, "results.json").write_text(report, encoding="utf-8")
-        say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: "
-            f'python search.py --ckpt {args.out}/ckpt.pt --images DIR "a dog"')
+        return
+    say("evaluating on the test sets ...")
+    report = json.dumps(run.objective.report(), indent=1)
+    pathlib.Path(args.out, "results.json").write_text(report, encoding="utf-8")
+    say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: "
+        f'python search.py --ckpt {args.out}/ckpt.pt --images DIR "a dog"')
 
 
 # What torch says when another process or a worker has died: it has no exception for that.

@@ -151,12 +151,17 @@ class Files:
     def __getitem__(self, key):
         """(index, rng) -> what example() makes of that record; BadRecord."""
         index, rng = key
+        reader, i = self.find(index)
+        with reading(reader, i):
+            return self.example(*reader.record(i), rng)
+
+    def find(self, index):
+        """-> the reader that holds the record, and its number there."""
         k = bisect.bisect_right(self.starts, index) - 1
         i = index - self.starts[k]
         if self.kept[k] is not None:
             i = int(self.kept[k][i])
-        with reading(self.readers[k], i):
-            return self.example(*self.readers[k].record(i), rng)
+        return self.readers[k], i
 
     def usable(self, captions):
         """Of {language: [texts]} the languages that training shall use."""
@@ -207,6 +212,16 @@ class ImageFiles(Files):
         text = texts[rng.integers(len(texts))]
         with images.undecoded(picture) as image:
             return images.train_transform(image, self.size, rng), text, identity(picture)
+
+    def row(self, index):
+        """The whole record, to evaluate on -> {"image": RGB image, "captions": {language: [text]}}."""
+        reader, i = self.find(index)
+        with reading(reader, i):
+            picture, captions = reader.record(i)
+            with images.undecoded(picture) as image:
+                image.load()
+                captions = {language: captions[language] for language in self.usable(captions)}
+                return {"image": images.rgb(image), "captions": captions}
 
 
 class PairFiles(Files):

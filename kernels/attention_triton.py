@@ -19,7 +19,7 @@ Letters: B sequences, T query tokens, S key tokens, H heads, d width of a head (
 to a power of two).
 """
 import math
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,26 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import interpreting
-from kernels.triton_common import (LN_2, LOG2_E, computing_types, load_rows, narrow, power_of_two,
-                                   store_rows)
+from kernels.triton_common import (LN_2, LOG2_E, computing_types, dot, load_rows, narrow,
+                                   power_of_two, store_rows)
 
 # --------------------------------------------------------------------------------------------------
 # Shared by the kernels
 # --------------------------------------------------------------------------------------------------
+
+class Constants(NamedTuple):
+    """What a kernel is compiled for: see triton_common."""
+    PRODUCT: object
+    SUM: object
+    ROUND: bool
+    PASSES: str
+    HEAD: int               # d
+    WIDTH: int
+    SCALE: float            # log2(e) / sqrt(d): scores in powers of 2
+    BIAS: bool
+    QUERIES: int
+    KEYS: int
+
 
 SLICE = tl.constexpr(1024)          # starts that find_block compares at once
 
@@ -59,10 +73,24 @@ def find_block(starts, B, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_bias(bias, h, i, j, bias_row, SUM: tl.constexpr):
-    """Bias of head h for positions i and j (tiles that broadcast), in powers of 2. It is padded to
-    whole tiles, so it needs no mask."""
-    return LOG2_E * tl.load(bias + h * bias_row * bias_row + i * bias_row + j).to(SUM)
+def load(matrix, h, rows, valid, row, c: tl.constexpr):
+    """Rows of head h, ready to be multiplied -> (len(rows), WIDTH)."""
+    return load_rows(matrix + h * c.HEAD, rows, valid, row, c.HEAD, c.WIDTH, c.PRODUCT)
+
+
+@triton.jit
+def store(matrix, x, h, rows, valid, row, c: tl.constexpr):
+    store_rows(matrix + h * c.HEAD, narrow(x, c), rows, valid, row, c.HEAD, c.WIDTH)
+
+
+@triton.jit
+def scores(a, b, bias, h, i, j, bias_row, c: tl.constexpr):
+    """a b^T in powers of 2, plus the bias of head h for positions i and j in their sequences (tiles
+    that broadcast). The bias is padded to whole tiles, so it needs no mask."""
+    s = dot(a, b.T, None, c) * c.SCALE
+    if c.BIAS:
+        s += LOG2_E * tl.load(bias + h * bias_row * bias_row + i * bias_row + j).to(c.SUM)
+    return s
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,47 +99,41 @@ def load_bias(bias, h, i, j, bias_row, SUM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "T"])
 def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_row,
-                   d: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-                   PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr,
-                   PASSES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    sequence, first_row, q_first, q_end = find_block(q_starts, B, QUERIES)
+                   c: tl.constexpr):
+    sequence, first_row, q_first, q_end = find_block(q_starts, B, c.QUERIES)
     if first_row >= q_end:                                                   # a spare program
         return
     h = tl.program_id(1)
-    rows = first_row + tl.arange(0, QUERIES)
+    rows = first_row + tl.arange(0, c.QUERIES)
     real = rows < q_end
     k_first = tl.load(k_starts + sequence)
     k_end = tl.load(k_starts + sequence + 1)
-    queries = load_rows(q + h * d, rows, real, row, d, WIDTH, PRODUCT)
+    queries = load(q, h, rows, real, row, c)
 
-    top = tl.full([QUERIES], float("-inf"), SUM)
-    total = tl.zeros([QUERIES], SUM)
-    mean = tl.zeros([QUERIES, WIDTH], SUM)
-    for first in range(k_first, k_end, KEYS):
-        columns = first + tl.arange(0, KEYS)
+    top = tl.full([c.QUERIES], float("-inf"), c.SUM)
+    total = tl.zeros([c.QUERIES], c.SUM)
+    mean = tl.zeros([c.QUERIES, c.WIDTH], c.SUM)
+    for first in range(k_first, k_end, c.KEYS):
+        columns = first + tl.arange(0, c.KEYS)
         valid = columns < k_end
-        keys = load_rows(k + h * d, columns, valid, row, d, WIDTH, PRODUCT)
-        s = tl.dot(queries, keys.T, out_dtype=SUM, input_precision=PASSES) * SCALE
-        if BIAS:
-            s += load_bias(bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
-                           bias_row, SUM)
+        keys = load(k, h, columns, valid, row, c)
+        s = scores(queries, keys, bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
+                   bias_row, c)
         s = tl.where(valid[None, :], s, float("-inf"))
         # The new maximum; what was summed under the old one shrinks by their difference.
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        values = load_rows(v + h * d, columns, valid, row, d, WIDTH, PRODUCT)
-        mean = tl.dot(narrow(p, PRODUCT, ROUND), values, mean * shrink[:, None], out_dtype=SUM,
-                      input_precision=PASSES)
+        values = load(v, h, columns, valid, row, c)
+        mean = dot(narrow(p, c), values, mean * shrink[:, None], c)
         top = new_top
 
     # A sequence without keys: output 0, and lse = inf, so that the backward pass finds p = 0.
     total_or_1 = tl.where(total == 0, 1.0, total)
     own_lse = tl.where(total == 0, float("inf"), top + tl.log2(total_or_1))
     tl.store(lse + h * T + rows, own_lse, mask=real)
-    mean = narrow(mean / total_or_1[:, None], PRODUCT, ROUND)
-    store_rows(out + h * d, mean, rows, real, row, d, WIDTH)
+    store(out, mean / total_or_1[:, None], h, rows, real, row, c)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,122 +143,105 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_
 
 @triton.jit(do_not_specialize=["B", "T"])
 def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, B, T, row, bias_row,
-              d: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-              PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr, PASSES: tl.constexpr,
-              QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    sequence, first_row, q_first, q_end = find_block(q_starts, B, QUERIES)
+              c: tl.constexpr):
+    sequence, first_row, q_first, q_end = find_block(q_starts, B, c.QUERIES)
     if first_row >= q_end:
         return
     h = tl.program_id(1)
-    rows = first_row + tl.arange(0, QUERIES)
+    rows = first_row + tl.arange(0, c.QUERIES)
     real = rows < q_end
     k_first = tl.load(k_starts + sequence)
     k_end = tl.load(k_starts + sequence + 1)
-    queries = load_rows(q + h * d, rows, real, row, d, WIDTH, PRODUCT)
-    g = load_rows(gradient + h * d, rows, real, row, d, WIDTH, PRODUCT)
-    own_out = load_rows(out + h * d, rows, real, row, d, WIDTH, SUM)
-    own_delta = tl.sum(own_out * g.to(SUM), 1)
+    queries = load(q, h, rows, real, row, c)
+    g = load(gradient, h, rows, real, row, c)
+    own_out = load(out, h, rows, real, row, c).to(c.SUM)
+    own_delta = tl.sum(own_out * g.to(c.SUM), 1)
     own_lse = tl.load(lse + h * T + rows, mask=real, other=float("inf"))     # inf: p = 0
 
-    total = tl.zeros([QUERIES, WIDTH], SUM)
-    for first in range(k_first, k_end, KEYS):
-        columns = first + tl.arange(0, KEYS)
+    total = tl.zeros([c.QUERIES, c.WIDTH], c.SUM)
+    for first in range(k_first, k_end, c.KEYS):
+        columns = first + tl.arange(0, c.KEYS)
         valid = columns < k_end
-        keys = load_rows(k + h * d, columns, valid, row, d, WIDTH, PRODUCT)
-        values = load_rows(v + h * d, columns, valid, row, d, WIDTH, PRODUCT)
-        s = tl.dot(queries, keys.T, out_dtype=SUM, input_precision=PASSES) * SCALE
-        if BIAS:
-            s += load_bias(bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
-                           bias_row, SUM)
+        keys = load(k, h, columns, valid, row, c)
+        values = load(v, h, columns, valid, row, c)
+        s = scores(queries, keys, bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
+                   bias_row, c)
         p = tl.where(valid[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
-        dp = tl.dot(g, values.T, out_dtype=SUM, input_precision=PASSES)
-        if k_end - k_first <= KEYS:
+        dp = dot(g, values.T, None, c)
+        if k_end - k_first <= c.KEYS:
             # All keys are at hand: <out, gradient> = sum p dp, without the rounding of out.
             own_delta = tl.sum(p * dp, 1)
         ds = p * (dp - own_delta[:, None])
-        total = tl.dot(narrow(ds, PRODUCT, ROUND), keys, total, out_dtype=SUM,
-                       input_precision=PASSES)
+        total = dot(narrow(ds, c), keys, total, c)
 
     tl.store(delta + h * T + rows, own_delta, mask=real)                     # for dkv and dbias
-    total = narrow(total * (SCALE * LN_2), PRODUCT, ROUND)
-    store_rows(dq + h * d, total, rows, real, row, d, WIDTH)
+    store(dq, total * (c.SCALE * LN_2), h, rows, real, row, c)
 
 
 @triton.jit(do_not_specialize=["B", "T"])
 def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, B, T, row, bias_row,
-               d: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-               PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr, PASSES: tl.constexpr,
-               QUERIES: tl.constexpr, KEYS: tl.constexpr):
+               c: tl.constexpr):
     """One block of keys and values stays in registers; the queries of its sequence pass by."""
-    sequence, first_row, k_first, k_end = find_block(k_starts, B, KEYS)
+    sequence, first_row, k_first, k_end = find_block(k_starts, B, c.KEYS)
     if first_row >= k_end:
         return
     h = tl.program_id(1)
-    rows = first_row + tl.arange(0, KEYS)
+    rows = first_row + tl.arange(0, c.KEYS)
     real = rows < k_end
     q_first = tl.load(q_starts + sequence)
     q_end = tl.load(q_starts + sequence + 1)
-    keys = load_rows(k + h * d, rows, real, row, d, WIDTH, PRODUCT)
-    values = load_rows(v + h * d, rows, real, row, d, WIDTH, PRODUCT)
+    keys = load(k, h, rows, real, row, c)
+    values = load(v, h, rows, real, row, c)
 
-    key_total = tl.zeros([KEYS, WIDTH], SUM)
-    value_total = tl.zeros([KEYS, WIDTH], SUM)
-    for first in range(q_first, q_end, QUERIES):
+    key_total = tl.zeros([c.KEYS, c.WIDTH], c.SUM)
+    value_total = tl.zeros([c.KEYS, c.WIDTH], c.SUM)
+    for first in range(q_first, q_end, c.QUERIES):
         # Everything is transposed here: rows of a tile are keys, columns are queries.
-        columns = first + tl.arange(0, QUERIES)
+        columns = first + tl.arange(0, c.QUERIES)
         valid = columns < q_end
-        queries = load_rows(q + h * d, columns, valid, row, d, WIDTH, PRODUCT)
-        g = load_rows(gradient + h * d, columns, valid, row, d, WIDTH, PRODUCT)
-        s = tl.dot(keys, queries.T, out_dtype=SUM, input_precision=PASSES) * SCALE
-        if BIAS:
-            s += load_bias(bias, h, (columns - q_first)[None, :], (rows - k_first)[:, None],
-                           bias_row, SUM)
-        # p again from the forward pass's log-sum-exp; a query that is not real has lse = inf.
+        queries = load(q, h, columns, valid, row, c)
+        g = load(gradient, h, columns, valid, row, c)
+        s = scores(keys, queries, bias, h, (columns - q_first)[None, :], (rows - k_first)[:, None],
+                   bias_row, c)
+        # p again from the forward pass's log-sum-exp; a column past the end has lse = inf, p = 0.
         their_lse = tl.load(lse + h * T + columns, mask=valid, other=float("inf"))
         p = tl.where(real[:, None], tl.exp2(s - their_lse[None, :]), 0.0)
-        # dv = p^T g: every query hands its gradient to the values it averaged.
-        value_total = tl.dot(narrow(p, PRODUCT, ROUND), g, value_total, out_dtype=SUM,
-                             input_precision=PASSES)
+        # dv = p^T g: a value's gradient is that of every mean it entered, by its share.
+        value_total = dot(narrow(p, c), g, value_total, c)
         # dk = ds^T q, with ds = p (<g, v> - delta)
         their_delta = tl.load(delta + h * T + columns, mask=valid, other=0.0)
-        dp = tl.dot(values, g.T, out_dtype=SUM, input_precision=PASSES)
-        ds = p * (dp - their_delta[None, :])
-        key_total = tl.dot(narrow(ds, PRODUCT, ROUND), queries, key_total, out_dtype=SUM,
-                           input_precision=PASSES)
+        ds = p * (dot(values, g.T, None, c) - their_delta[None, :])
+        key_total = dot(narrow(ds, c), queries, key_total, c)
 
-    key_total = narrow(key_total * (SCALE * LN_2), PRODUCT, ROUND)
-    store_rows(dk + h * d, key_total, rows, real, row, d, WIDTH)
-    store_rows(dv + h * d, narrow(value_total, PRODUCT, ROUND), rows, real, row, d, WIDTH)
+    store(dk, key_total * (c.SCALE * LN_2), h, rows, real, row, c)
+    store(dv, value_total, h, rows, real, row, c)
 
 
 @triton.jit(do_not_specialize=["B", "T"])
 def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias, B, T, row,
-                 bias_row, d: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
-                 BIAS: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr,
-                 PASSES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+                 bias_row, c: tl.constexpr):
     """One program per tile of one head's bias: the sum of ds over all B sequences, in their order.
     """
     h = tl.program_id(2)
-    i = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    j = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    b = load_bias(bias, h, i[:, None], j[None, :], bias_row, SUM)
-    total = tl.zeros([QUERIES, KEYS], SUM)
+    i = tl.program_id(0) * c.QUERIES + tl.arange(0, c.QUERIES)
+    j = tl.program_id(1) * c.KEYS + tl.arange(0, c.KEYS)
+    where = h * bias_row * bias_row + i[:, None] * bias_row + j[None, :]
+    b = LOG2_E * tl.load(bias + where).to(c.SUM)                             # of all sequences
+    total = tl.zeros([c.QUERIES, c.KEYS], c.SUM)
     for sequence in range(B):
         first = tl.load(q_starts + sequence)
         end = tl.load(q_starts + sequence + 1)
         rows = first + i
         columns = first + j
-        queries = load_rows(q + h * d, rows, rows < end, row, d, WIDTH, PRODUCT)
-        keys = load_rows(k + h * d, columns, columns < end, row, d, WIDTH, PRODUCT)
-        s = tl.dot(queries, keys.T, out_dtype=SUM, input_precision=PASSES) * SCALE + b
+        queries = load(q, h, rows, rows < end, row, c)
+        keys = load(k, h, columns, columns < end, row, c)
+        s = dot(queries, keys.T, None, c) * c.SCALE + b
         own_lse = tl.load(lse + h * T + rows, mask=rows < end, other=float("inf"))
         p = tl.where((columns < end)[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
-        g = load_rows(gradient + h * d, rows, rows < end, row, d, WIDTH, PRODUCT)
-        values = load_rows(v + h * d, columns, columns < end, row, d, WIDTH, PRODUCT)
-        dp = tl.dot(g, values.T, out_dtype=SUM, input_precision=PASSES)
+        g = load(gradient, h, rows, rows < end, row, c)
+        values = load(v, h, columns, columns < end, row, c)
         own_delta = tl.load(delta + h * T + rows, mask=rows < end, other=0.0)
-        total += p * (dp - own_delta[:, None])
-    where = h * bias_row * bias_row + i[:, None] * bias_row + j[None, :]
+        total += p * (dot(g, values.T, None, c) - own_delta[:, None])
     tl.store(dbias + where, total)                                           # padded as bias is
 
 
@@ -248,45 +253,72 @@ def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias,
 # `python -m kernels.bench` compiles every entry. Sentences are short: a block of 128 queries,
 # faster on long sequences, would be nine tenths empty here.
 TILES = {
-    (True, False): {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2),
-                    "dkv": (32, 64, 4, 2), "dbias": (64, 64, 4, 2)},
-    (True, True): {"forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2),
-                   "dkv": (16, 64, 4, 2), "dbias": (64, 32, 4, 2)},
-    (False, False): {"forward": (16, 32, 4, 2), "dq": (16, 32, 4, 2),
-                     "dkv": (16, 32, 4, 2), "dbias": (16, 32, 4, 2)},
-    (False, True): {"forward": (16, 16, 4, 1), "dq": (16, 32, 4, 2),
-                    "dkv": (16, 16, 4, 2), "dbias": (16, 32, 8, 1)},
+    (True, False): {
+        "forward": (64, 64, 4, 2),
+        "dq": (64, 64, 4, 2),
+        "dkv": (32, 64, 4, 2),
+        "dbias": (64, 64, 4, 2),
+    },
+    (True, True): {
+        "forward": (64, 32, 4, 2),
+        "dq": (64, 32, 4, 2),
+        "dkv": (16, 64, 4, 2),
+        "dbias": (64, 32, 4, 2),
+    },
+    (False, False): {
+        "forward": (16, 32, 4, 2),
+        "dq": (16, 32, 4, 2),
+        "dkv": (16, 32, 4, 2),
+        "dbias": (16, 32, 4, 2),
+    },
+    (False, True): {
+        "forward": (16, 16, 4, 1),
+        "dq": (16, 32, 4, 2),
+        "dkv": (16, 16, 4, 2),
+        "dbias": (16, 32, 8, 1),
+    },
 }
 BIAS_MULTIPLE = 128                 # a bias is padded to a multiple of every tile
 
 
-def tile_sizes(kernel: str, dtype, width: int) -> dict:
+def tile_sizes(kernel: str, dtype, d: int):
+    """-> QUERIES, KEYS, warps, stages"""
     if interpreting():
-        return {"QUERIES": 128, "KEYS": 128}                                 # fewest NumPy calls
-    queries, keys, warps, stages = TILES[dtype.itemsize == 2, width > 64][kernel]
-    return {"QUERIES": queries, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+        return 128, 128, 4, 1                                                # fewest NumPy calls
+    return TILES[dtype.itemsize == 2, d > 64][kernel]
 
 
-def arguments(q, k, v, q_starts, k_starts, bias) -> dict:
-    """What all four kernels are given. A bias is padded, so that tiles need no mask."""
-    d = q.shape[2]
-    bias_row = 0
-    if bias is not None:
-        missing = -bias.shape[1] % BIAS_MULTIPLE
-        bias = F.pad(bias, (0, missing, 0, missing)).contiguous()
-        bias_row = bias.shape[1]
-    return {
-        "q": q, "k": k, "v": v, "q_starts": q_starts, "k_starts": k_starts,
-        "bias": q if bias is None else bias,                                 # q: not read
-        "B": len(q_starts) - 1, "T": len(q), "row": q.shape[1] * d, "bias_row": bias_row,
-        "d": d, "WIDTH": power_of_two(d), "SCALE": math.log2(math.e) / math.sqrt(d),
-        "BIAS": bias is not None, "enable_fp_fusion": True, **computing_types(q.dtype),
-    }
+class Launch:
+    """The arguments that all kernels of one call are given. A bias is padded: tiles need no mask.
+    """
 
+    def __init__(self, q, k, v, q_starts, k_starts, bias):
+        self.dtype = q.dtype
+        self.T, self.H, self.d = q.shape
+        self.S = len(k)
+        self.B = len(q_starts) - 1
+        self.bias_row = 0
+        if bias is not None:
+            missing = -bias.shape[1] % BIAS_MULTIPLE
+            bias = F.pad(bias, (0, missing, 0, missing)).contiguous()
+            self.bias_row = bias.shape[1]
+        self.bias = bias
+        self.matrices = {"q": q, "k": k, "v": v, "q_starts": q_starts, "k_starts": k_starts,
+                         "bias": q if bias is None else bias}                # q: not read
 
-def blocks(rows: int, B: int, size: int) -> int:
-    """Programs for `rows` rows of B sequences in blocks of `size`: see find_block."""
-    return rows // size + B
+    def __call__(self, name, kernel, **others):
+        queries, keys, warps, stages = tile_sizes(name, self.dtype, self.d)
+        c = Constants(**computing_types(self.dtype), HEAD=self.d, WIDTH=power_of_two(self.d),
+                      SCALE=math.log2(math.e) / math.sqrt(self.d), BIAS=self.bias is not None,
+                      QUERIES=queries, KEYS=keys)
+        grid = (self.T // queries + self.B, self.H)                          # see find_block
+        if name == "dkv":
+            grid = (self.S // keys + self.B, self.H)
+        if name == "dbias":
+            grid = (self.bias_row // queries, self.bias_row // keys, self.H)
+        kernel[grid](**self.matrices, **others, B=self.B, T=self.T, row=self.H * self.d,
+                     bias_row=self.bias_row, c=c, num_warps=warps, num_stages=stages,
+                     enable_fp_fusion=True)
 
 
 # custom_op and not triton_op: torch.compile takes the op as it is, so a test in the interpreter
@@ -297,12 +329,10 @@ def blocks(rows: int, B: int, size: int) -> int:
 def attention_op(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor,
                  bias: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     """-> out (T, H, d), log2-sum-exp2 of the scores (H, T)"""
-    T, H, d = q.shape
     out = q.new_empty(q.shape)
-    lse = q.new_empty(H, T, dtype=torch.promote_types(q.dtype, torch.float32))
-    sizes = tile_sizes("forward", q.dtype, d)
-    grid = (blocks(T, len(q_starts) - 1, sizes["QUERIES"]), H)
-    forward_kernel[grid](out=out, lse=lse, **arguments(q, k, v, q_starts, k_starts, bias), **sizes)
+    lse = q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
+    launch = Launch(q, k, v, q_starts, k_starts, bias)
+    launch("forward", forward_kernel, out=out, lse=lse)
     return out, lse
 
 
@@ -311,24 +341,15 @@ def attention_backward_op(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, q_s
                           k_starts: Tensor, bias: Optional[Tensor], out: Tensor,
                           lse: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dq, dk, dv, dbias (empty without a bias)"""
-    H, d = q.shape[1:]
-    B = len(q_starts) - 1
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    shared = arguments(q, k, v, q_starts, k_starts, bias)
-    shared |= {"gradient": gradient.contiguous(), "lse": lse, "delta": torch.empty_like(lse)}
-
-    # dq first: it also fills delta.
-    sizes = tile_sizes("dq", q.dtype, d)
-    dq_kernel[blocks(len(q), B, sizes["QUERIES"]), H](out=out, dq=dq, **shared, **sizes)
-    sizes = tile_sizes("dkv", q.dtype, d)
-    dkv_kernel[blocks(len(k), B, sizes["KEYS"]), H](dk=dk, dv=dv, **shared, **sizes)
+    launch = Launch(q, k, v, q_starts, k_starts, bias)
+    saved = {"gradient": gradient.contiguous(), "lse": lse, "delta": torch.empty_like(lse)}
+    launch("dq", dq_kernel, out=out, dq=dq, **saved)                         # first: it fills delta
+    launch("dkv", dkv_kernel, dk=dk, dv=dv, **saved)
     if bias is None:
         return dq, dk, dv, lse.new_empty(0)
-    sizes = tile_sizes("dbias", q.dtype, d)
-    dbias = torch.empty_like(shared["bias"], dtype=lse.dtype)                # (H, padded, padded)
-    padded = shared["bias_row"]
-    grid = (padded // sizes["QUERIES"], padded // sizes["KEYS"], H)
-    dbias_kernel[grid](dbias=dbias, **shared, **sizes)
+    dbias = torch.empty_like(launch.bias, dtype=lse.dtype)                   # (H, padded, padded)
+    launch("dbias", dbias_kernel, dbias=dbias, **saved)
     N = bias.shape[1]
     return dq, dk, dv, dbias[:, :N, :N].to(bias.dtype, copy=True)
 

@@ -1,19 +1,23 @@
-"""What the kernels get wrong, what they cost, and whether they would run: one command, on any machine.
+"""What the kernels get wrong, what they cost, and whether they would run: one command, on any
+machine.
 
     python -m kernels.bench              everything this machine can do
     python -m kernels.bench --quick      the same on small cases, half a minute
     python -m kernels.bench --only resources --targets sm_80,sm_90,gfx942
 
-  errors      largest error against a dense float64 reference, per dtype. Without a GPU: in Triton's interpreter
-  cpu         contrast by tiles against the naive N x N loss: seconds and peak memory, each run in a process of its own
-  resources   without a GPU: every kernel compiled for GPUs that are not here; registers, spilled bytes, shared memory,
-              tensor core instructions. Not a speed, but what makes a kernel slow or impossible shows here
-  gpu         with a GPU: milliseconds beside torch's own functions, and the share of what the GPU could do at best
+  errors      largest error against a dense float64 reference, per dtype. Without a GPU: in Triton's
+              interpreter
+  cpu         contrast by tiles against the naive N x N loss: seconds and peak memory, each run in a
+              process of its own
+  resources   without a GPU: every kernel compiled for GPUs that are not here; registers, spilled
+              bytes, shared memory, tensor core instructions. Not a speed, but what makes a kernel
+              slow or impossible shows here
+  gpu         with a GPU: milliseconds beside torch's own functions, and the least time that the GPU
+              could need
 
-Letters as in the two kernel files: B, N, T, H, d, E.
+Letters as in the kernel files: B, N, T, H, d, E.
 """
 import argparse
-import functools
 import json
 import os
 import re
@@ -30,103 +34,111 @@ import torch.nn.functional as F
 import kernels
 from kernels import interpreting, triton_installed
 from kernels.attention import attention
-from kernels.contrastive import contrastive
-from kernels.reference import (ALLOWED, DTYPES, attention_and_reference, contrast_errors, contrast_loss,
-                               random_attention, random_contrast, relative)
+from kernels.contrastive import contrastive, contrastive_naive
+from kernels.packed import offsets
+from kernels.reference import (ALLOWED, DTYPES, attention_and_reference, contrast_errors,
+                               contrast_loss, random_attention, random_contrast, relative)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+def table(title: str, *columns):
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+
+
+def table_row(*cells):
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
 # Errors
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def print_errors(device: str, quick: bool) -> int:
-    """-> how many entries of the kernels are over what is allowed; torch's own, in 16 bits, are only shown."""
-    where = "kernels in the interpreter" if interpreting() else "kernels" if device == "cuda" else "torch on a CPU"
-    bad, judged = 0, not where.startswith("torch")
-    print(f"\nerrors against float64: {where}; of attention by the largest |reference| of a matrix, "
-          "and by every element's own\n"
-          "\n| dtype | allowed to kernels | attention | by element | cases | contrast, by element | cases |\n"
-          "|---|---|---|---|---|---|---|")
+    """-> how many entries of the kernels are over what is allowed; torch's own are only shown."""
+    where = "kernels" if device == "cuda" else "torch on a CPU"
+    if interpreting():
+        where = "kernels in the interpreter"
+    table(f"errors against float64: {where}; of attention by the largest |reference| of a matrix, "
+          f"and by every element's own", "dtype", "allowed to kernels", "attention", "by element",
+          "cases", "contrast, by element", "cases")
+    count = 3 if quick else 50
+    shapes = [(1, 1, 0), (70, 150, 33), (300, 300, 0), (600, 600, 0)][:count]
+    bad = 0
     for name, dtype in DTYPES.items():
         if name == "fp64" and device == "cuda":
-            continue                                                                   # the kernels leave it to torch
-        seeds = range(3 if quick else 50)
-        shapes = [(1, 1, 0), (70, 150, 33), (300, 300, 0), (600, 600, 0)][:3 if quick else 4]
-        both = [attention_and_reference(random_attention(4 * s + i, dtype, device)) for i, s in enumerate(seeds)]
-        attend, elements = ([relative(*x, each) for x in both] for each in (False, True))
-        contrast = [contrast_errors(random_contrast(i, *shape, t, dtype, device)) for i, shape in enumerate(shapes)
-                    for t in (0.5, 0.07, 0.02)]
-        worst = [max(max(errors.values()) for errors in table) for table in (attend, elements, contrast)]
-        marks = [" !" * (limit and not x <= ALLOWED[name]) for x, limit in zip(worst, (judged, False, judged))]
-        bad += sum(map(bool, marks))
-        first, second, third = (f"{x:.1e}{mark}" for x, mark in zip(worst, marks))
-        print(f"| {name} | {ALLOWED[name]:.0e} | {first} | {second} | {len(attend)} | {third} | {len(contrast)} |",
-              flush=True)
+            continue                                                     # left to torch
+        by_matrix = by_element = contrast = 0.0
+        for i in range(count):
+            results = attention_and_reference(random_attention(5 * i, dtype, device))
+            by_matrix = max(by_matrix, *relative(*results).values())
+            by_element = max(by_element, *relative(*results, each=True).values())
+        for i, shape in enumerate(shapes):
+            for t in (0.5, 0.07, 0.02):
+                errors = contrast_errors(random_contrast(i, shape, t, dtype, device))
+                contrast = max(contrast, *errors.values())
+        if where != "torch on a CPU":
+            bad += sum(not error <= ALLOWED[name] for error in (by_matrix, contrast))
+        table_row(name, f"{ALLOWED[name]:.0e}", f"{by_matrix:.1e}", f"{by_element:.1e}", count,
+                  f"{contrast:.1e}", 3 * len(shapes))
     return bad
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CPU: tiles against the naive matrix
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-def resident(field: str = "VmRSS") -> int:
-    """Bytes of memory this process holds now (on Linux; elsewhere the most it ever held)."""
+def memory(field: str) -> int:
+    """Bytes of memory of this process, "VmRSS": now, "VmHWM": the most so far. (Elsewhere than on
+    Linux always the most; ru_maxrss there starts at the size of whoever started the process.)"""
     if os.path.exists("/proc/self/status"):
-        return int(re.search(rf"{field}:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def peak() -> int:
-    """The most it ever held. VmHWM, not ru_maxrss: that one starts at the size of whoever started this process."""
-    return resident("VmHWM")
+        with open("/proc/self/status") as file:
+            return int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def one_contrast(kind: str, N: int, E: int = 256) -> dict:
-    """Forward and backward once, in this process: seconds, bytes its peak lies above the start, numbers to compare."""
-    warm = random_contrast(0, 64, 64, 0, 0.07, torch.float32, E=E)
-    contrast_loss(*contrastive(*warm, None)[:3], 64).backward()
-    a, b, t, ids, all_ids, _ = random_contrast(0, N, N, 0, 0.07, torch.float32, E=E)
-    run = contrastive_strip if kind == "naive" else lambda *x: contrastive(*x, None)[:3]
-    before, start = resident(), time.perf_counter()
-    contrast_loss(*run(a, b, t, ids, all_ids, 0), N).backward()
+    """Forward and backward once, in this process: seconds, bytes its peak lies above the start,
+    numbers to compare."""
+    run = contrastive_naive if kind == "naive" else contrastive
+    contrast_loss(*run(*random_contrast(0, (64, 64, 0), 0.07, torch.float32, E=E))).backward()
+    case = random_contrast(0, (N, N, 0), 0.07, torch.float32, E=E)
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    contrast_loss(*run(*case)).backward()
     seconds = time.perf_counter() - start
-    return dict(seconds=seconds, bytes=peak() - before, gradient=a.grad.norm().item(),
-                checksum=(b.grad * torch.arange(E)).sum().item(), dt=t.grad.item())
-
-
-def contrastive_strip(a, b, t, a_ids, b_ids, first_row):
-    """The naive loss alone, without the weights of hard negatives: what a user would write."""
-    s = a @ b.T / t                                                                    # (N, N)
-    same = ((a_ids[:, None, 0] == b_ids[:, 0]) | (a_ids[:, None, 1] == b_ids[:, 1])).fill_diagonal_(False)
-    kept = s.masked_fill(same, -torch.inf)
-    return kept.logsumexp(1), kept.logsumexp(0), s.diagonal()
+    da, db, dt = (x.grad for x in case[:3])
+    return {"seconds": seconds, "bytes": memory("VmHWM") - before, "gradient": da.norm().item(),
+            "checksum": (db * torch.arange(E)).sum().item(), "dt": dt.item()}
 
 
 def print_cpu(quick: bool):
-    sizes = (1024, 4096) if quick else (512, 4096, 16384)
-    print("\ncontrast on CPU, forward + backward, float32, E = 256, medians of alternating processes\n\n"
-          "| N | naive, s | tiles, s | naive, MB | tiles, MB | gradients differ by |\n|---|---|---|---|---|---|")
-    for N in sizes:
+    table("contrast on CPU, forward + backward, float32, E = 256, medians of alternating processes",
+          "N", "naive, s", "tiles, s", "naive, MB", "tiles, MB", "gradients differ by")
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    for N in (1024, 4096) if quick else (512, 4096, 16384):
         runs = {"naive": [], "tiles": []}
         for _ in range(3 if quick else 5):
-            for kind, done in runs.items():
-                child = subprocess.run([sys.executable, "-m", "kernels.bench", "--child", kind, str(N)], check=True,
-                                       capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
-                done.append(json.loads(child.stdout.splitlines()[-1]))
-        middle = lambda kind, what: statistics.median(run[what] for run in runs[kind])
-        x, y = runs["naive"][0], runs["tiles"][0]
-        apart = max(abs(x[k] - y[k]) / abs(x[k]) for k in ("gradient", "checksum", "dt"))
-        print(f"| {N} | {middle('naive', 'seconds'):.3f} | {middle('tiles', 'seconds'):.3f} | "
-              f"{middle('naive', 'bytes') / 1e6:.0f} | {middle('tiles', 'bytes') / 1e6:.0f} | {apart:.0e} |")
+            for kind, results in runs.items():
+                command = [sys.executable, "-m", "kernels.bench", "--child", kind, str(N)]
+                child = subprocess.run(command, check=True, capture_output=True, text=True,
+                                       env=environment)
+                results.append(json.loads(child.stdout.splitlines()[-1]))
+        seconds = {k: statistics.median(x["seconds"] for x in runs[k]) for k in runs}
+        bytes_ = {k: statistics.median(x["bytes"] for x in runs[k]) for k in runs}
+        naive, tiles = (runs[kind][0] for kind in runs)
+        apart = max(abs(naive[key] - tiles[key]) / abs(naive[key])
+                    for key in ("gradient", "checksum", "dt"))
+        table_row(N, f"{seconds['naive']:.3f}", f"{seconds['tiles']:.3f}",
+                  f"{bytes_['naive'] / 1e6:.0f}", f"{bytes_['tiles'] / 1e6:.0f}", f"{apart:.0e}")
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Resources: the launches of a real call are recorded and compiled for GPUs that are not here
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-WIDTHS = dict(bf16=range(16, 129, 16), fp16=(64, 128), fp32=range(16, 129, 16))        # head dims
-QUICK = ("attention bf16 d=64 bias", "attention bf16 d=48", "attention fp32 d=80 bias", "contrast bf16 E=256")
-SHARED_LIMIT = dict(sm_80=163 * 1024, sm_90=227 * 1024, gfx942=64 * 1024)              # bytes a program can have
+QUICK = ("attention bf16 d=64 bias", "attention bf16 d=48", "attention fp32 d=80 bias",
+         "contrast bf16 E=256")
+SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "gfx942": 64}                # KB a program can have
 
 
 class PretendGPU:
@@ -135,7 +147,10 @@ class PretendGPU:
     def __init__(self, name):
         from triton.backends.compiler import GPUTarget
         self.name = name
-        self.target = GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+        if name.startswith("gfx"):
+            self.target = GPUTarget("hip", name, 64)
+        else:
+            self.target = GPUTarget("cuda", int(name[3:]), 32)
 
     def get_current_target(self):
         return self.target
@@ -148,191 +163,235 @@ class PretendGPU:
 
 
 class Recorder:
+    """Stands in for a kernel: kernel[grid](**arguments) is written down and not run."""
+
     def __init__(self, kernel, log):
-        self.kernel, self.log = kernel, log
+        self.kernel = kernel
+        self.log = log
 
     def __getitem__(self, grid):
-        return lambda **arguments: self.log.append((self.kernel, arguments))
+        return self.launch
+
+    def launch(self, **arguments):
+        self.log[self.kernel.__name__.removesuffix("_kernel")] = (self.kernel, arguments)
 
 
-def launches(module, call):
-    """Runs call() with the kernels of a module replaced by recorders -> [(kernel, arguments)]: what a GPU would get."""
-    module.load_kernels()
-    log, names = [], [name for name in vars(module) if name.endswith("_kernel")]
-    kernels = {name: getattr(module, name) for name in names}
-    vars(module).update({name: Recorder(kernel, log) for name, kernel in kernels.items()})
-    try:
-        call()
-    finally:
-        vars(module).update(kernels)
+def launches(module, call) -> dict:
+    """Runs call() with the kernels of a module replaced by recorders -> {name: (kernel, arguments)}
+    as a GPU would get them."""
+    log = {}
+    plain = {name: x for name, x in vars(module).items() if name.endswith("_kernel")}
+    vars(module).update({name: Recorder(kernel, log) for name, kernel in plain.items()})
+    call()
+    vars(module).update(plain)
     return log
 
 
-def recorded(dtype, d: int, bias: bool):
-    """The launches of attention, forward and backward, of 3 sequences of 197 tokens."""
+def attention_launches(dtype, d: int, bias: bool):
+    """Attention, forward and backward, of 3 sequences of 197 tokens."""
     from kernels import attention_triton
-    q, k, v = (torch.zeros(3 * 197, 2, d, dtype=dtype, requires_grad=True) for _ in range(3))
-    starts = torch.arange(4, dtype=torch.int32) * 197
-    b = torch.zeros(2, 197, 197, requires_grad=True) if bias else None
-    run = attention_triton.attention_triton
-    return launches(attention_triton, lambda: run(q, k, v, starts, starts, None, b).sum().backward())
+
+    def call():
+        q, k, v = (torch.zeros(3 * 197, 2, d, dtype=dtype, requires_grad=True) for _ in range(3))
+        starts = torch.arange(4, dtype=torch.int32) * 197
+        b = torch.zeros(2, 197, 197, requires_grad=True) if bias else None
+        attention_triton.attention_triton(q, k, v, starts, starts, b).sum().backward()
+    return launches(attention_triton, call)
 
 
-def recorded_contrast(dtype, E: int):
+def contrast_launches(dtype, E: int):
     from kernels import contrastive_triton
     from kernels.contrastive import contrastive_triton as run
-    case = random_contrast(0, 512, 4096, 512, 0.07, dtype, E=E)
-    log = launches(contrastive_triton, lambda: contrast_loss(*run(*case, 0)[:3], 4096).backward())
-    return list({kernel.fn.__name__: (kernel, arguments) for kernel, arguments in log}.values())
+    case = random_contrast(0, (512, 4096, 512), 0.07, dtype, E=E)
+    return launches(contrastive_triton, lambda: contrast_loss(*run(*case)).backward())
 
 
 def compiled(kernel, arguments, name: str) -> dict:
-    """-> registers, spilled bytes, shared memory and tensor core instructions of one kernel on one GPU."""
+    """-> registers, spilled bytes, shared memory and tensor core instructions on one GPU."""
     from triton import knobs
     from triton.runtime import driver
     driver.set_active(PretendGPU(name))
     done = kernel.warmup(grid=(1,), **arguments)
+    shared = done.metadata.shared
     if name.startswith("gfx"):
         text = done.asm["amdgcn"]
-        count = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))
-        return dict(registers=count("vgpr_count"), spilled=count("private_segment_fixed_size"),
-                    shared=done.metadata.shared, tensor=len(re.findall(r"\bv_mfma", text)))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(done.asm["cubin"])
-        file.flush()
-        say = lambda tool, flag: subprocess.run([tool.path, flag, file.name], capture_output=True, text=True).stdout
-        usage, code = say(knobs.nvidia.cuobjdump, "-res-usage"), say(knobs.nvidia.nvdisasm, "-c")
-    count = lambda key: int(re.search(rf"{key}:(\d+)", usage).group(1))
-    return dict(registers=count("REG"), spilled=count("STACK") + count("LOCAL"), shared=done.metadata.shared,
-                tensor=len(re.findall(r"\b[HDIQ]G?MMA\b", code)))
+        registers, spilled = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+                              for key in ("vgpr_count", "private_segment_fixed_size"))
+        tensor = len(re.findall(r"\bv_mfma", text))
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(done.asm["cubin"])
+            file.flush()
+            usage, code = (
+                subprocess.run([tool.path, flag, file.name], capture_output=True, text=True).stdout
+                for tool, flag in ((knobs.nvidia.cuobjdump, "-res-usage"),
+                                   (knobs.nvidia.nvdisasm, "-c")))
+        registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1])
+                                   for key in ("REG", "STACK", "LOCAL"))
+        spilled = stack + local
+        tensor = len(re.findall(r"\b[HDIQ]G?MMA\b", code))
+    return {"registers": registers, "spilled": spilled, "shared": shared, "tensor": tensor}
 
 
 def print_resources(targets: list, quick: bool) -> int:
-    from kernels import attention_triton, contrastive_triton
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="kernels_bench_"))
-    calls = {f"attention {t} d={d}{' bias' * b}": functools.partial(recorded, DTYPES[t], d, b)
-             for t, widths in WIDTHS.items() for d in widths for b in (False, True)}
-    calls |= {f"contrast {t} E={E}": functools.partial(recorded_contrast, DTYPES[t], E)
-              for t in WIDTHS for E in (128, 256)}
-    if quick:
-        calls = {title: calls[title] for title in QUICK}
-    print("\nresources, compiled offline: registers / spilled bytes / shared memory, KB / tensor core instructions\n\n"
-          f"| kernel | tile, warps | {' | '.join(targets)} |\n|---|---|{'---|' * len(targets)}")
-    bad, amd = 0, kernels.amd
-    for title, record in calls.items():
-        rows = {}
+    calls = {}
+    for t, widths in {"bf16": range(16, 129, 16), "fp16": (64, 128),
+                      "fp32": range(16, 129, 16)}.items():
+        for d in widths:
+            calls[f"attention {t} d={d}"] = (attention_launches, DTYPES[t], d, False)
+            calls[f"attention {t} d={d} bias"] = (attention_launches, DTYPES[t], d, True)
+        for E in (128, 256):
+            calls[f"contrast {t} E={E}"] = (contrast_launches, DTYPES[t], E)
+    table("resources, compiled offline: registers / spilled bytes / shared memory, KB / tensor "
+          "core instructions", "kernel", "tile, warps", *targets)
+    bad = 0
+    for title in QUICK if quick else calls:
+        function, *arguments = calls[title]
+        cells = {}
         for name in targets:
-            for module in (kernels, attention_triton, contrastive_triton):
-                module.amd = lambda: name.startswith("gfx")                            # choose as if on that GPU
-            for kernel, arguments in record():
-                r = compiled(kernel, arguments, name)
-                wrong = r["spilled"] or r["shared"] > SHARED_LIMIT[name] or ("16" in title and not r["tensor"])
+            kernels.amd = lambda: name.startswith("gfx")                 # tiles as on that GPU
+            for kernel_name, (kernel, given) in function(*arguments).items():
+                r = compiled(kernel, given, name)
+                wrong = r["spilled"] or r["shared"] > 1024 * SHARED_LIMIT[name]
+                wrong = wrong or "16" in title and not r["tensor"]
                 bad += bool(wrong) and not name.startswith("gfx")
-                sizes = [arguments[k] for k in ("QUERIES", "KEYS", "ROWS", "COLUMNS") if k in arguments]
-                rows.setdefault(kernel.fn.__name__, [f"{sizes[0]} x {sizes[1]}, {arguments['num_warps']}"]).append(
-                    f"{r['registers']} / {r['spilled']} / {r['shared'] / 1024:.0f} / {r['tensor']}{' !' * bool(wrong)}")
-        for kernel, cells in rows.items():
-            print(f"| {title} {kernel.removesuffix('_kernel')} | {' | '.join(cells)} |", flush=True)
-    for module in (kernels, attention_triton, contrastive_triton):
-        module.amd = amd
-    print(f"\n{bad} NVIDIA entries spill, do not fit or lack tensor core instructions"
-          f" (limits, KB: {', '.join(f'{n} {SHARED_LIMIT[n] // 1024}' for n in targets)})")
+                rows, columns = given["c"][-2:]
+                tile = f"{rows} x {columns}, {given['num_warps']}"
+                cell = f"{r['registers']} / {r['spilled']} / {r['shared'] / 1024:.0f}"
+                cell += f" / {r['tensor']}" + (" !" if wrong else "")
+                cells.setdefault(kernel_name, [tile]).append(cell)
+        for kernel_name, row in cells.items():
+            table_row(f"{title} {kernel_name}", *row)
+    limits = ", ".join(f"{name} {SHARED_LIMIT[name]}" for name in targets)
+    print(f"\n{bad} NVIDIA entries spill, do not fit or lack tensor core instructions "
+          f"(limits, KB: {limits})")
     return bad
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GPU: milliseconds (nobody has run this yet)
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-PEAK = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)} # bf16 FLOP/s, bytes/s
+# bf16 FLOP/s and bytes/s of the data sheets
+PEAK = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
+LENGTHS = {
+    "256 images of 197 tokens": (torch.full((256,), 197),) * 2,
+    "1024 sentences of 4 to 60": (torch.arange(1024) % 57 + 4,) * 2,
+    "256 groups of 4 captions that read 256 images": (torch.full((256,), 4 * 14),
+                                                     torch.full((256,), 197)),
+}
 
 
-def milliseconds(run) -> float:
-    """Median of 20, after 5 to warm up."""
+def milliseconds(run) -> str:
+    """Median of 20, after 5 to warm up; each is ten calls, so that a launch is not what counts."""
     times = []
-    for i in range(25):
+    for _ in range(25):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        for _ in range(10):
+            run()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[5:])
+        times.append(start.elapsed_time(end) / 10)
+    return f"{statistics.median(times[5:]):.3f}"
 
 
-def roofline(flops: float, size: float) -> str:
-    """The least time, in ms, in which this GPU could do these FLOPs or move these bytes, if its data sheet held."""
-    peak = next((p for name, p in PEAK.items() if name in torch.cuda.get_device_name()), None)
-    return f"{1e3 * max(flops / peak[0], size / peak[1]):.3f}" if peak else "unknown GPU"
+def least_time(flops: float, size: float) -> str:
+    """The least time, in ms, in which this GPU could do these FLOPs or move these bytes."""
+    for name, (speed, bandwidth) in PEAK.items():
+        if name in torch.cuda.get_device_name():
+            return f"{1e3 * max(flops / speed, size / bandwidth):.3f}"
+    return "unknown GPU"
+
+
+def random_matrices(*shapes):
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for shape in shapes]
 
 
 def print_gpu():
-    def matrices(*shape):
-        return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    print("\nEvery time includes its launches, as a training step does. GFLOP counts what the kernels compute, "
-          "scores twice in the\n"
-          "backward pass included, so the roofline is that of this algorithm; MB counts every matrix once per kernel.\n"
-          "\nattention, bf16, forward + backward, ms (12 heads of 64)\n\n| sequences | kernel | SDPA, padded | "
-          "varlen_attn | GFLOP | MB | roofline |\n|---|---|---|---|---|---|---|")
-    for title, lengths in (("256 images of 197 tokens", torch.full((256,), 197)),
-                           ("1024 sentences of 4 to 60", torch.arange(1024) % 57 + 4)):
-        starts, T, L = F.pad(lengths.cumsum(0), (1, 0)).int().cuda(), int(lengths.sum()), int(lengths.max())
-        (q, k, v), padded = matrices(T, 12, 64), matrices(len(lengths), 12, L, 64)
-        mask = (torch.arange(L) < lengths[:, None])[:, None, None].cuda()
-        mask = None if bool((lengths == L).all()) else mask                            # masked, SDPA may not take flash
-        def both(out, *inputs):
-            torch.autograd.grad(out.sum(), inputs)
+    table("attention, bf16, forward + backward, ms (12 heads of 64). GFLOP counts what the kernels "
+          "compute: 2 products forward, 7 backward; MB counts every matrix once per kernel.",
+          "sequences", "kernel", "SDPA, padded", "varlen_attn", "GFLOP", "MB", "least")
+    for title, (q_lengths, k_lengths) in LENGTHS.items():
+        T, S, B = int(q_lengths.sum()), int(k_lengths.sum()), len(q_lengths)
+        Q, K = int(q_lengths.max()), int(k_lengths.max())
+        starts = [offsets(x).cuda() for x in (q_lengths, k_lengths)]
+        packed = random_matrices((T, 12, 64), (S, 12, 64), (S, 12, 64))
+        padded = random_matrices((B, 12, Q, 64), (B, 12, K, 64), (B, 12, K, 64))
+        mask = None                                  # with a mask SDPA may not take flash attention
+        if (k_lengths != K).any():
+            mask = (torch.arange(K) < k_lengths[:, None])[:, None, None].cuda()
+
         def varlen():
             from torch.nn.attention.varlen import varlen_attn
-            both(varlen_attn(q, k, v, starts, starts, L, L), q, k, v)
-        times = [milliseconds(lambda: both(attention(q, k, v, starts, starts), q, k, v)),
-                 milliseconds(lambda: both(F.scaled_dot_product_attention(*padded, mask), *padded)),
-                 milliseconds(varlen)]
-        flops = 9 * 2 * 12 * 64 * (lengths.double() ** 2).sum().item()                 # 2 products forward, 7 backward
-        size = 16 * 2 * T * 12 * 64                                                    # 4 + 6 + 6 matrices, per kernel
-        print(f"| {title} | " + " | ".join(f"{t:.3f}" for t in times)
-              + f" | {flops / 1e9:.1f} | {size / 1e6:.0f} | {roofline(flops, size)} |")
-    print("\ncontrast, bf16, E = 256, forward + backward, ms\n\n| N | kernel | with draws | naive | GFLOP | MB | "
-          "roofline |\n|---|---|---|---|---|---|---|")
+            return varlen_attn(*packed, *starts, Q, K)
+        candidates = [(lambda: attention(*packed, *starts), packed), (varlen, packed),
+                      (lambda: F.scaled_dot_product_attention(*padded, mask), padded)]
+        times = [milliseconds(lambda: torch.autograd.grad(run().sum(), inputs))
+                 for run, inputs in candidates]
+        flops = 9 * 2 * 12 * 64 * (q_lengths.double() @ k_lengths.double()).item()
+        size = 2 * 12 * 64 * (7 * T + 9 * S)         # bytes of 4 + 6 + 6 matrices
+        table_row(title, times[0], times[2], times[1], f"{flops / 1e9:.1f}", f"{size / 1e6:.0f}",
+                  least_time(flops, size))
+    table("contrast, bf16, E = 256, forward + backward, ms", "N", "kernel", "naive", "GFLOP", "MB",
+          "least")
     for N in (1024, 8192, 32768):
-        case = random_contrast(0, N, N, 0, 0.07, torch.bfloat16, "cuda", E=256)
-        def step(run):
-            torch.autograd.grad(contrast_loss(*run()[:3], N), case[:3])
-        times = [milliseconds(lambda: step(lambda: contrastive(*case, seed))) for seed in (None, 0)]
-        naive = milliseconds(lambda: step(lambda: contrastive_strip(*case)))
-        flops, size = 10 * N * N * 256, 8 * 2 * N * 256                                # 5 products of 2 N^2 E
-        print(f"| {N} | {times[0]:.3f} | {times[1]:.3f} | {naive:.3f} | {flops / 1e9:.1f} | {size / 1e6:.0f} "
-              f"| {roofline(flops, size)} |")
+        case = random_contrast(0, (N, N, 0), 0.07, torch.bfloat16, "cuda", E=256)
+        times = [milliseconds(lambda: torch.autograd.grad(contrast_loss(*run(*case)), case[:3]))
+                 for run in (contrastive, contrastive_naive)]
+        flops = 10 * N * N * 256                     # 5 products of 2 N^2 E
+        size = 8 * 2 * N * 256
+        table_row(N, *times, f"{flops / 1e9:.1f}", f"{size / 1e6:.0f}", least_time(flops, size))
 
+
+# --------------------------------------------------------------------------------------------------
+# Command
+# --------------------------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small cases only")
     parser.add_argument("--only", choices=["errors", "cpu", "resources", "gpu"], help="one part")
-    parser.add_argument("--targets", default="sm_80,sm_90", help="GPUs to compile for (default: %(default)s)")
-    parser.add_argument("--child", nargs=2, metavar=("KIND", "N"), help="one timed run of the cpu part, as JSON")
+    parser.add_argument("--targets", default="sm_80,sm_90",
+                        help="GPUs to compile for (default: %(default)s)")
+    parser.add_argument("--child", nargs=2, metavar=("KIND", "N"),
+                        help="one timed run of the cpu part, as JSON")
     args = parser.parse_args()
-    if unknown := set(args.targets.split(",")) - set(SHARED_LIMIT):
-        parser.error(f"--targets: {', '.join(sorted(unknown))} is none of {', '.join(SHARED_LIMIT)}")
+    targets = args.targets.split(",")
+    if not set(targets) <= set(SHARED_LIMIT):
+        parser.error(f"--targets {args.targets}: choose from {', '.join(SHARED_LIMIT)}")
     if args.child:
         print(json.dumps(one_contrast(args.child[0], int(args.child[1]))))
         return 0
-    cuda, bad = torch.cuda.is_available(), 0
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'no GPU: no time below is of a GPU'}")
+
+    cuda = torch.cuda.is_available()
+    device = "no GPU: no time below is of a GPU"
+    if cuda:
+        device = torch.cuda.get_device_name()
+    print(f"torch {torch.__version__}, {device}")
+    bad = 0
     if args.only in (None, "errors"):
         bad += print_errors("cuda" if cuda and not interpreting() else "cpu", args.quick)
-        if not cuda and not interpreting() and triton_installed():                     # one process, one mode
-            child = [sys.executable, "-m", "kernels.bench", "--only", "errors"] + ["--quick"] * args.quick
-            bad += subprocess.run(child, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+        if not cuda and not interpreting() and triton_installed():
+            # The interpreter's errors, in a process of its own: a process has one mode.
+            child = [sys.executable, "-m", "kernels.bench", "--only", "errors"]
+            child += ["--quick"] if args.quick else []
+            environment = os.environ | {"TRITON_INTERPRET": "1"}
+            bad += subprocess.run(child, env=environment).returncode
     if args.only in (None, "cpu"):
         print_cpu(args.quick)
     if args.only == "resources" or args.only is None and not cuda:
-        if not triton_installed():
-            print("\nresources: triton is not installed (pip install triton)")
+        if triton_installed():
+            bad += print_resources(targets, args.quick)
         else:
-            bad += print_resources(args.targets.split(","), args.quick)
-    if args.only == "gpu" or args.only is None and cuda:
-        print_gpu() if cuda else print("\ngpu: there is none")
+            print("\nresources: triton is not installed (pip install triton)")
+    if args.only == "gpu" and not cuda:
+        print("\ngpu: there is none")
+    elif args.only == "gpu" or args.only is None and cuda:
+        print_gpu()
     return 1 if bad else 0
 
 

@@ -13,15 +13,15 @@ deterministic.
 Letters: B rows, N columns, E embedding (WIDTH: E rounded up to a power of two, at most 256). All
 logits are in powers of 2.
 """
-from typing import Tuple
+from typing import NamedTuple, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import amd, interpreting
-from kernels.triton_common import (LOG2_E, computing_types, load_rows, narrow, power_of_two,
+import kernels
+from kernels.triton_common import (LOG2_E, computing_types, dot, load_rows, narrow, power_of_two,
                                    store_rows)
 
 ROWS_PER_LAUNCH = 8192          # bounds the columns' partial results: 8192 / ROWS x N numbers
@@ -32,38 +32,52 @@ PROGRAMS = 264                  # two for each of an H100's 132 multiprocessors
 # Kernels
 # --------------------------------------------------------------------------------------------------
 
+class Constants(NamedTuple):
+    """What a kernel is compiled for: see triton_common."""
+    PRODUCT: object
+    SUM: object
+    ROUND: bool
+    PASSES: str
+    E: int
+    WIDTH: int
+    ROWS: int
+    COLUMNS: int
+
+
 @triton.jit
-def tile(xs, ys, x_ids, y_ids, i, j, B, N, shift, scale, SUM: tl.constexpr, PASSES: tl.constexpr):
+def tile(xs, ys, x_ids, y_ids, i, j, B, N, shift, scale, c: tl.constexpr):
     """Logits of rows i (their true partners: columns i + shift) and columns j; -inf where `same` or
     outside."""
-    s = tl.dot(xs, ys.T, out_dtype=SUM, input_precision=PASSES) * scale
+    s = dot(xs, ys.T, None, c) * scale
     x_id = tl.load(x_ids + i, mask=i < B, other=0)
     y_id = tl.load(y_ids + j, mask=j < N, other=0)
-    kept = (x_id[:, None] != y_id[None, :]) | (i[:, None] + shift == j[None, :])
-    return tl.where(kept & (i < B)[:, None] & (j < N)[None, :], s, float("-inf"))
+    partners = i[:, None] + shift == j[None, :]
+    kept = partners | (x_id[:, None] != y_id[None, :])
+    inside = (i < B)[:, None] & (j < N)[None, :]
+    return tl.where(kept & inside, s, float("-inf"))
 
 
 @triton.jit
 def statistics_kernel(x, y, temperature, x_ids, y_ids, row_part, column_part, first, B, N, shift,
-                      per_split, x_stride, y_stride, E: tl.constexpr, WIDTH: tl.constexpr,
-                      PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr,
-                      PASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                      per_split, x_stride, y_stride, c: tl.constexpr):
     """Both log-sum-exps of ROWS rows of x and one split of the columns."""
     block = tl.program_id(0)
     split = tl.program_id(1)
-    i = first + block * ROWS + tl.arange(0, ROWS)
-    scale = LOG2_E / tl.load(temperature).to(SUM)
-    xs = load_rows(x, i, i < B, x_stride, E, WIDTH, PRODUCT)
-    top = tl.full([ROWS], float("-inf"), SUM)
-    total = tl.zeros([ROWS], SUM)
-    for start in range(split * per_split, min(split * per_split + per_split, N), COLUMNS):
-        j = start + tl.arange(0, COLUMNS)
-        ys = load_rows(y, j, j < N, y_stride, E, WIDTH, PRODUCT)
-        s = tile(xs, ys, x_ids, y_ids, i, j, B, N, shift, scale, SUM, PASSES)
+    i = first + block * c.ROWS + tl.arange(0, c.ROWS)
+    scale = LOG2_E / tl.load(temperature).to(c.SUM)
+    xs = load_rows(x, i, i < B, x_stride, c.E, c.WIDTH, c.PRODUCT)
+    top = tl.full([c.ROWS], float("-inf"), c.SUM)
+    total = tl.zeros([c.ROWS], c.SUM)
+    end = min(split * per_split + per_split, N)
+    for start in range(split * per_split, end, c.COLUMNS):
+        j = start + tl.arange(0, c.COLUMNS)
+        ys = load_rows(y, j, j < N, y_stride, c.E, c.WIDTH, c.PRODUCT)
+        s = tile(xs, ys, x_ids, y_ids, i, j, B, N, shift, scale, c)
         # Rows: a running maximum and sum. A row that is all -inf so far must not give -inf - -inf.
         new_top = tl.maximum(top, tl.max(s, 1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(s - finite[:, None]), 1)
+        here = tl.sum(tl.exp2(s - finite[:, None]), 1)
+        total = total * tl.exp2(top - finite) + here
         top = new_top
         # Columns: complete for these ROWS rows.
         column_top = tl.max(s, 0)
@@ -76,47 +90,44 @@ def statistics_kernel(x, y, temperature, x_ids, y_ids, row_part, column_part, fi
 
 @triton.jit
 def gradient_kernel(x, y, temperature, x_ids, y_ids, x_lse, y_lse, x_gradient, y_gradient, part, B,
-                    N, shift, per_split, x_stride, y_stride, E: tl.constexpr, WIDTH: tl.constexpr,
-                    PRODUCT: tl.constexpr, SUM: tl.constexpr, ROUND: tl.constexpr,
-                    PASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                    N, shift, per_split, x_stride, y_stride, c: tl.constexpr):
     """ds y for ROWS rows of x over one split of the columns. lse +inf (nothing was summed): no
     gradient."""
     block = tl.program_id(0)
     split = tl.program_id(1)
-    i = block * ROWS + tl.arange(0, ROWS)
-    scale = LOG2_E / tl.load(temperature).to(SUM)
-    xs = load_rows(x, i, i < B, x_stride, E, WIDTH, PRODUCT)
+    i = block * c.ROWS + tl.arange(0, c.ROWS)
+    scale = LOG2_E / tl.load(temperature).to(c.SUM)
+    xs = load_rows(x, i, i < B, x_stride, c.E, c.WIDTH, c.PRODUCT)
     lse_i = tl.load(x_lse + i, mask=i < B, other=float("inf"))
     g_i = tl.load(x_gradient + i, mask=i < B, other=0.0)
-    dx = tl.zeros([ROWS, WIDTH], SUM)
-    for start in range(split * per_split, min(split * per_split + per_split, N), COLUMNS):
-        j = start + tl.arange(0, COLUMNS)
-        ys = load_rows(y, j, j < N, y_stride, E, WIDTH, PRODUCT)
-        s = tile(xs, ys, x_ids, y_ids, i, j, B, N, shift, scale, SUM, PASSES)
+    dx = tl.zeros([c.ROWS, c.WIDTH], c.SUM)
+    end = min(split * per_split + per_split, N)
+    for start in range(split * per_split, end, c.COLUMNS):
+        j = start + tl.arange(0, c.COLUMNS)
+        ys = load_rows(y, j, j < N, y_stride, c.E, c.WIDTH, c.PRODUCT)
+        s = tile(xs, ys, x_ids, y_ids, i, j, B, N, shift, scale, c)
         lse_j = tl.load(y_lse + j, mask=j < N, other=float("inf"))
         g_j = tl.load(y_gradient + j, mask=j < N, other=0.0)
         by_row = g_i[:, None] * tl.exp2(s - lse_i[:, None])
         by_column = g_j[None, :] * tl.exp2(s - lse_j[None, :])
-        ds = narrow(by_row + by_column, PRODUCT, ROUND)
-        dx = tl.dot(ds, ys, dx, out_dtype=SUM, input_precision=PASSES)
-    store_rows(part, dx, split * B + i, i < B, E, E, WIDTH)
+        dx = dot(narrow(by_row + by_column, c), ys, dx, c)
+    store_rows(part, dx, split * B + i, i < B, c.E, c.E, c.WIDTH)
 
 
 # --------------------------------------------------------------------------------------------------
 # Launching
 # --------------------------------------------------------------------------------------------------
 
-def tile_sizes(kernel: str, dtype) -> dict:
-    """None spills a register on sm_80 or sm_90: `python -m kernels.bench` compiles them all."""
-    if interpreting():
-        return {"ROWS": 128, "COLUMNS": 128}                             # fewest NumPy calls
-    if amd():
-        rows = 16 if dtype == torch.float32 else 64
-        return {"ROWS": rows, "COLUMNS": 32, "num_warps": 4, "num_stages": 2}
+def tile_sizes(kernel: str, dtype):
+    """-> ROWS, COLUMNS, warps. None spills a register on sm_80 or sm_90: `python -m kernels.bench`
+    compiles them all."""
+    if kernels.interpreting():
+        return 128, 128, 4                                               # fewest NumPy calls
+    if kernels.amd():
+        return 16 if dtype == torch.float32 else 64, 32, 4
     if dtype == torch.float32:
-        return {"ROWS": 32, "COLUMNS": 32, "num_warps": 8, "num_stages": 2}
-    warps = 8 if kernel == "gradient" else 4
-    return {"ROWS": 64, "COLUMNS": 64, "num_warps": warps, "num_stages": 2}
+        return 32, 32, 8
+    return 64, 64, 8 if kernel == "gradient" else 4
 
 
 def contiguous_rows(x):
@@ -124,27 +135,32 @@ def contiguous_rows(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def arguments(kernel: str, x, y, temperature, x_ids, y_ids, shift) -> dict:
-    """What both kernels are given, and the tile sizes. float32 takes no tensor cores: three passes
-    of tf32 over 256 columns spill. (Under autocast vectors arrive in bfloat16.)"""
-    E = x.shape[1]
-    return {
-        "x": x, "y": y, "temperature": temperature, "x_ids": x_ids, "y_ids": y_ids,
-        "B": len(x), "N": len(y), "shift": shift, "x_stride": x.stride(0), "y_stride": y.stride(0),
-        "E": E, "WIDTH": power_of_two(E), "enable_fp_fusion": True,
-        **computing_types(x.dtype), "PASSES": "ieee", **tile_sizes(kernel, x.dtype),
-    }
+class Launch:
+    """A call of one kernel for rows x and columns y: its grid and its arguments."""
 
+    def __init__(self, kernel: str, x, y, temperature, x_ids, y_ids, shift):
+        self.rows, self.columns, warps = tile_sizes(kernel, x.dtype)
+        types = computing_types(x.dtype)
+        # float32 takes no tensor cores: three passes of tf32 over 256 columns spill. (Under
+        # autocast vectors arrive in bfloat16.)
+        types["PASSES"] = "ieee"
+        E = x.shape[1]
+        self.arguments = {
+            "x": x, "y": y, "temperature": temperature, "x_ids": x_ids, "y_ids": y_ids,
+            "B": len(x), "N": len(y), "shift": shift, "x_stride": x.stride(0),
+            "y_stride": y.stride(0), "num_warps": warps, "num_stages": 2, "enable_fp_fusion": True,
+            "c": Constants(**types, E=E, WIDTH=power_of_two(E), ROWS=self.rows,
+                           COLUMNS=self.columns),
+        }
 
-def splits(rows: int, columns: int, sizes: dict):
-    """-> grid (row blocks, splits of the columns), and the columns of one split: enough programs
-    for every multiprocessor, but few rows are split over their columns."""
-    row_blocks = triton.cdiv(rows, sizes["ROWS"])
-    column_tiles = triton.cdiv(columns, sizes["COLUMNS"])
-    wanted = max(1, min(column_tiles, PROGRAMS // row_blocks))
-    per_split = triton.cdiv(column_tiles, wanted)
-    grid = (row_blocks, triton.cdiv(column_tiles, per_split))
-    return grid, per_split * sizes["COLUMNS"]
+    def splits(self, rows: int):
+        """-> grid (row blocks, splits of the columns) for so many rows, and the columns of one
+        split: enough programs for every multiprocessor, but few rows are split."""
+        row_blocks = triton.cdiv(rows, self.rows)
+        column_tiles = triton.cdiv(self.arguments["N"], self.columns)
+        wanted = max(1, min(column_tiles, PROGRAMS // row_blocks))
+        per_split = triton.cdiv(column_tiles, wanted)
+        return (row_blocks, triton.cdiv(column_tiles, per_split)), per_split * self.columns
 
 
 def log2_sum_exp2(parts):
@@ -161,16 +177,16 @@ def statistics_op(x: Tensor, y: Tensor, temperature: Tensor, x_ids: Tensor, y_id
     """-> row_lse (B,), column_lse (N,), base 2"""
     B = len(x)
     N = len(y)
-    shared = arguments("statistics", x, y, temperature, x_ids, y_ids, shift)
+    launch = Launch("statistics", x, y, temperature, x_ids, y_ids, shift)
     row_lse = x.new_empty(B, dtype=torch.promote_types(x.dtype, torch.float32))
     column_lse = row_lse.new_full((N,), -torch.inf)
     for first in range(0, B, ROWS_PER_LAUNCH):
         rows = min(ROWS_PER_LAUNCH, B - first)
-        grid, per_split = splits(rows, N, shared)
+        grid, per_split = launch.splits(rows)
         row_part = row_lse.new_empty(grid[1], B)
         column_part = row_lse.new_empty(grid[0], N)
         statistics_kernel[grid](row_part=row_part, column_part=column_part, first=first,
-                                per_split=per_split, **shared)
+                                per_split=per_split, **launch.arguments)
         row_lse[first:first + rows] = log2_sum_exp2(row_part[:, first:first + rows])
         column_lse = log2_sum_exp2(torch.cat([column_part, column_lse[None]]))
     return row_lse, column_lse
@@ -181,14 +197,15 @@ def gradient_op(x: Tensor, y: Tensor, temperature: Tensor, x_ids: Tensor, y_ids:
                 x_lse: Tensor, y_lse: Tensor, x_gradient: Tensor, y_gradient: Tensor,
                 shift: int) -> Tensor:
     """-> ds y (B, E), without the true pairs' own gradient"""
-    shared = arguments("gradient", x, y, temperature, x_ids, y_ids, shift)
+    launch = Launch("gradient", x, y, temperature, x_ids, y_ids, shift)
     # Gradients of a mean over 32,768 rows would underflow in fp16: they are scaled to 1 within the
     # kernel, and back in float32.
     size = torch.maximum(x_gradient.abs().amax(), y_gradient.abs().amax()).clamp(min=1e-30)
-    grid, per_split = splits(len(x), len(y), shared)
+    grid, per_split = launch.splits(len(x))
     part = x_lse.new_empty(grid[1], *x.shape)
     gradient_kernel[grid](x_lse=x_lse, y_lse=y_lse, x_gradient=x_gradient / size,
-                          y_gradient=y_gradient / size, part=part, per_split=per_split, **shared)
+                          y_gradient=y_gradient / size, part=part, per_split=per_split,
+                          **launch.arguments)
     return part.sum(0) * size                                            # (splits, B, E) -> (B, E)
 
 

@@ -1,10 +1,14 @@
-"""What attention_triton.py and contrastive_triton.py share: the types a kernel computes in, and how
-it loads rows and rounds numbers."""
+"""What attention_triton.py and contrastive_triton.py share: the types that a kernel computes in,
+and how it loads rows, multiplies and rounds.
+
+A kernel's constants travel as one NamedTuple `c`, a tl.constexpr: triton compiles a kernel for each
+value of it. The device functions here read the fields of c that computing_types fills.
+"""
 import torch
 import triton
 import triton.language as tl
 
-from kernels import amd, interpreting
+import kernels
 
 LOG2_E = tl.constexpr(1.4426950408889634)       # exp(x) = 2^(x LOG2_E): GPUs have 2^x in hardware
 LN_2 = tl.constexpr(0.6931471805599453)         # and back
@@ -16,13 +20,13 @@ def computing_types(dtype) -> dict:
 
     The interpreter cannot multiply bfloat16, it silently returns garbage. There operands are
     float32, rounded as bfloat16 would be (ROUND)."""
-    emulated = dtype == torch.bfloat16 and interpreting()
+    emulated = dtype == torch.bfloat16 and kernels.interpreting()
     product = getattr(tl, str(dtype).removeprefix("torch."))
     return {
         "PRODUCT": tl.float32 if emulated else product,
         "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
         "ROUND": emulated,
-        "PASSES": "ieee" if amd() else "tf32x3",
+        "PASSES": "ieee" if kernels.amd() else "tf32x3",
     }
 
 
@@ -54,11 +58,17 @@ def store_rows(matrix, x, rows, valid, stride, E: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def narrow(x, TYPE: tl.constexpr, ROUND: tl.constexpr):
-    """x in the type of a product's operands. ROUND: float32, rounded to bfloat16's bits (to
+def dot(a, b, total, c: tl.constexpr):
+    """total (None: 0) + a b, summed in c.SUM."""
+    return tl.dot(a, b, total, out_dtype=c.SUM, input_precision=c.PASSES)
+
+
+@triton.jit
+def narrow(x, c: tl.constexpr):
+    """x in the type of a product's operands. c.ROUND: float32, rounded to bfloat16's bits (to
     nearest, ties to even)."""
-    if ROUND:
+    if c.ROUND:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
-    return x.to(TYPE)
+    return x.to(c.PRODUCT)

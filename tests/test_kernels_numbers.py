@@ -10,6 +10,7 @@ import torch
 from kernels import attention_triton, contrastive_triton, interpreting
 from kernels.attention import attention
 from kernels.contrastive import contrastive
+from kernels.packed import offsets
 from kernels.reference import (ALLOWED, DTYPES, attention_case, attention_errors, attention_of_groups, contrast_errors,
                                contrast_loss, random_attention, random_contrast)
 from test_packing import gradients_in_chunks_and_with_checkpointing
@@ -34,7 +35,7 @@ def test_attention_equals_dense_float64_on_random_ragged_batches(name):
 @pytest.mark.parametrize("sizes", [(128, 128), (32, 64), (64, 32)])
 def test_attention_of_groups_equals_dense_float64_whatever_the_tile(name, sizes, monkeypatch):
     if interpreting():
-        monkeypatch.setattr(attention_triton, "tile_sizes", lambda *_: dict(QUERIES=sizes[0], KEYS=sizes[1]))
+        monkeypatch.setattr(attention_triton, "tile_sizes", lambda *_: (*sizes, 4, 1))
     lengths = torch.tensor([137, 137])
     biased = attention_case(torch.Generator().manual_seed(1), lengths, lengths, True, (1, 32), DTYPES[name], DEVICE)
     for case in (attention_of_groups(DTYPES[name], DEVICE), biased):
@@ -83,29 +84,32 @@ def test_keys_nobody_reads_have_gradient_zero_and_queries_without_keys_are_zero(
     assert (out[:3] != 0).any() and (dv[:4] != 0).any()
 
 
-def test_more_sequences_than_a_slice_of_starts_find_their_blocks():
-    """find_block compares 1,024 starts at a time: here are 3,000 sequences of 0 to 2 tokens."""
-    lengths = [torch.randint(0, 3, (3000,), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-    case = attention_case(torch.Generator().manual_seed(2), *lengths, False, (1, 16), torch.float32, DEVICE)
-    blocks = attention_triton.blocks(len(case[0]), 3000, 16)
-    found = torch.zeros(len(case[0]), dtype=torch.int64)                             # rows that some block holds
-    starts = case[3].cpu().long()
-    number = starts[:-1] // 16 + torch.arange(3000)                                  # the first block of each sequence
-    for block in range(blocks):
+@pytest.mark.parametrize("rows", [16, 64])
+def test_every_row_is_in_one_block_and_spare_programs_have_none(rows):
+    """The arithmetic of find_block, for 3,000 sequences of 0 to 99 tokens."""
+    lengths = torch.randint(0, 100, (3000,), generator=torch.Generator().manual_seed(rows))
+    starts = offsets(lengths).long()
+    number = starts[:-1] // rows + torch.arange(3000)                                # of each sequence's first block
+    found = torch.zeros(int(starts[-1]), dtype=torch.int64)
+    for block in range(len(found) // rows + 3000):
         i = int((number <= block).sum()) - 1
-        first = int(starts[i] + (block - number[i]) * 16)
-        found[first:min(first + 16, int(starts[i + 1]))] += 1
+        first = int(starts[i] + (block - number[i]) * rows)
+        found[first:min(first + rows, int(starts[i + 1]))] += 1
     assert (found == 1).all()
+
+
+def test_more_sequences_than_one_slice_of_starts(monkeypatch):
+    count = 3000
     if interpreting():
-        q, k, v, q_starts, k_starts, _ = case
-        part = [0, 900, 1023, 1024, 1025, 2047, 2048, 2999]                          # all, without 4,000 programs
-        keep = torch.zeros(3000, dtype=torch.bool).index_fill_(0, torch.tensor(part), True)
-        case = attention_case(torch.Generator().manual_seed(2), *(x * keep for x in lengths), False, (1, 16),
-                              torch.float32, DEVICE)
+        monkeypatch.setattr(attention_triton, "SLICE", attention_triton.tl.constexpr(8))     # not 1,024
+        count = 30
+    g = torch.Generator().manual_seed(2)
+    lengths = [torch.randint(0, 5, (count,), generator=g) for _ in range(2)]
+    case = attention_case(g, *lengths, False, (1, 16), torch.float32, DEVICE)
     assert max(attention_errors(case).values()) <= ALLOWED["fp32"]
 
 
-def test_checkpointing_and_the_gradient_cache_work_with_the_kernels(monkeypatch):
+def test_checkpointing_and_the_gradient_cache_work_with_the_kernels():
     """Both unpack each saved tensor only once."""
     gradients_in_chunks_and_with_checkpointing(DEVICE)
 
@@ -203,7 +207,7 @@ def test_the_kernels_are_what_ran(monkeypatch):
 def test_many_tiles_per_program_and_many_launches_equal_dense_float64(monkeypatch):
     """The paths of a large batch: sums scaled down as the maximum rises, and partial results of several launches."""
     if interpreting():
-        monkeypatch.setattr(contrastive_triton, "tile_sizes", lambda *_: dict(ROWS=32, COLUMNS=64))
+        monkeypatch.setattr(contrastive_triton, "tile_sizes", lambda *_: (32, 64, 4))
     monkeypatch.setattr(contrastive_triton, "PROGRAMS", 1)
     monkeypatch.setattr(contrastive_triton, "ROWS_PER_LAUNCH", 128)
     for name in TYPES:

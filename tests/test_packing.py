@@ -132,6 +132,23 @@ def test_sixteen_bit_attention_is_close_to_double():
     assert (rounded.double() - exact).abs().max() < 0.05
 
 
+def test_drop_path_drops_whole_images_in_training_only():
+    """A layer of three images: branches are 0 for a whole image or grow by 1 / (1 - rate). The rate grows linearly."""
+    model = make(vision="beit2", vision_layers=3, drop_path=0.5)
+    assert [layer.drop_path for layer in model.vision.layers] == [0, 0.25, 0.5]
+    layer, starts = model.vision.layers[2], torch.arange(0, 16, 5, dtype=torch.int32)
+    x = torch.randn(15, 32, dtype=torch.float64)
+    layer.layer_scale2.data.zero_()                                          # one branch: attention
+    branch = layer.eval()(x, starts) - x
+    layer.train()
+    seen = set()
+    for _ in range(50):
+        share = ((layer(x, starts) - x) / branch).view(3, -1)                # (image, values)
+        assert torch.allclose(share, share[:, :1].expand_as(share))
+        seen.add(tuple(share[:, 0].round().int().tolist()))
+    assert len(seen) == 8 and {value for images in seen for value in images} == {0, 2}
+
+
 def test_a_training_batch_has_no_padding(tokenizer):
     batch = data.Batches(tokenizer, data.Stream(data.DemoImages(), 8), None, seed=0)[0][0]
     assert not (batch["b"].token_ids == data.PAD).any() and len(batch["b"].token_ids) == batch["b"].starts[-1]

@@ -2,7 +2,9 @@
 import csv
 import math
 
+import numpy as np
 import pytest
+import samples
 import torch
 
 import data
@@ -159,3 +161,21 @@ def test_the_fusion_encoder_and_match_head_start_wider_than_the_rest():
         if p.ndim == 2 and "token_embedding" not in name and "positions" not in name and name != "itm_head.3.weight":
             wide = name.split(".")[0] in ("fusion", "text_fusion", "itm_head")
             assert p.std().item() == pytest.approx(0.3 if wide else 0.02, rel=0.1), name
+
+
+def test_held_out_records_are_never_trained_on_and_give_recall(tmp_path, tokenizer, capsys):
+    """About one in four of 22 own images is held out; training sees each of the others once an epoch."""
+    path = samples.write_tar(tmp_path / "a.tar", 22)
+    (tmp_path / "spm.model").write_bytes(tokenizer.model)
+    words = [*TINY, "--out", str(tmp_path / "out"), "--images", path, "--no-parallel_text", "--image_size", "32",
+             "--tokenizer", str(tmp_path / "spm.model"), "--held_out", "5", "--steps", "2", "--validate_every", "2"]
+    run = train.prepare(train.settings(words), torch.device("cpu"))
+    dataset = run.batches.streams[0].dataset
+    rng = np.random.default_rng(0)
+    trained = [dataset[i, rng][2] for i in range(len(dataset))]
+    whole = [dataset.dataset[i, rng][2] for i in range(22)]
+    held = [whole[i] for i in (3, 7, 11, 15, 19)]
+    assert sorted(trained + held) == sorted(whole) and len(dataset.rows()) == 5
+    assert {k for row in dataset.rows() for k in row["captions"]} == set(samples.LANGUAGES)
+    assert train.main(words) == 0
+    assert 0 <= float(rows(tmp_path / "out")[1]["val_all_t2i_r1"]) <= 100
