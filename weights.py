@@ -24,8 +24,8 @@ import torch
 import data
 from formats.checkpoints import (read_checkpoint, read_pickle, read_safetensors, write_checkpoint,
                                  write_safetensors)
-from formats.layouts import (PARTS, Note, Source, adapt_to_model, merge, part, report, text_encoder,
-                             translate, without_tied_decoder)
+from formats.layouts import (PARTS, Note, Source, adapt_to_model, merge, part_of, report,
+                             text_encoder, translate, without_tied_decoder)
 from model import CCLM, Config, build
 
 # --------------------------------------------------------------------------------------------------
@@ -214,9 +214,9 @@ def initialise(model, source):
     """Loads a source into a new model -> a line about what came and what is new."""
     weights, missing = adapt_to_model(source, model)
     model.load_state_dict(weights, strict=False)
-    if "text_fusion" in map(part, missing):                      # --no-shared_fusion: the same start
+    if "text_fusion" in map(part_of, missing):                  # --no-shared_fusion: the same start
         model.text_fusion.load_state_dict(model.fusion.state_dict())
-    new = ", ".join(sorted(set(map(part, missing))))
+    new = ", ".join(sorted(set(map(part_of, missing))))
     return f"{len(weights)} tensors from {source.title}; new: {new or 'nothing'}"
 
 

@@ -79,7 +79,7 @@ UNUSED = {                                                # in every layout
     "*relative_position_index": "computed from the grid",
     "*pooler.*": "states are used as they are", "bbox_head.*": "region losses are out of scope"}
 WORD_ROWS = ("mlm_head.weight", "mlm_head.bias")          # one row, one number for each word
-ENGLISH = "for English words, which XLM-R's replace"
+ENGLISH = "for English words, which XLM-R's replace"       # X2-VLM models/xvlm.py:1073-1158
 TOKEN_TYPES = "text_encoder.*embeddings.token_type_embeddings.weight"
 
 # CCLM-X2VLM, X2VLM: official code, X2-VLM models/xvlm.py:960-1204 and models/beit2.py. CCLM-3M/4M:
@@ -127,7 +127,7 @@ IMAGES = (
 NONE = Layout("")
 
 
-def part(name):
+def part_of(name):
     """ "text.layers.0.norm1.bias" -> "text": the part of our model that a tensor belongs to."""
     return name.split(".")[0]
 
@@ -288,7 +288,7 @@ def with_reasons(notes, reasons):
     for note in notes:
         if note.ours and not note.unused:
             name = note.ours[0]
-            note = note._replace(unused=reasons.get(name) or reasons.get(part(name), ""))
+            note = note._replace(unused=reasons.get(name) or reasons.get(part_of(name), ""))
         changed.append(note)
     return changed
 
@@ -333,9 +333,9 @@ def merge(a, b):
     if len(set(widths)) == 2:
         raise ValueError(f"{a.title} has width {widths[0]}, {b.title} {widths[1]}: one fusion "
                          f"encoder reads both, so they must be equal")
-    replaced = set(map(part, b.weights))
-    weights = {name: tensor for name, tensor in a.weights.items() if part(name) not in replaced}
-    new = {pattern: why for pattern, why in a.new.items() if part(pattern) not in replaced}
+    replaced = set(map(part_of, b.weights))
+    weights = {name: tensor for name, tensor in a.weights.items() if part_of(name) not in replaced}
+    new = {pattern: why for pattern, why in a.new.items() if part_of(pattern) not in replaced}
     fields = a.fields | b.fields
     if "mlm_head" not in replaced and "tied" in a.fields:       # a setting of the head that stays
         fields["tied"] = a.fields["tied"]
@@ -444,14 +444,14 @@ def adapt_to_model(source, model, allow=()):
         if theirs != own[name].shape:
             raise ValueError(f"{source.title} does not fit this model: {name} is {theirs} there, "
                              f"{tuple(own[name].shape)} here")
-    # Tensors of ours that no file has: expected (source.new), allowed, of a part that no file holds,
-    # or lost.
+    # Tensors of ours that no file has: expected (source.new), allowed, of a part that none holds, or
+    # lost.
     allowed = dict.fromkeys(allow, "named by --allow_missing")
-    held = set(map(part, source.weights)) | set(source.parts)
+    held = set(map(part_of, source.weights)) | set(source.parts)
     missing = {}
     for name in own:
         if name not in weights:
-            other = "" if part(name) in held else "no source holds this part"
+            other = "" if part_of(name) in held else "no source holds this part"
             missing[name] = first_match(source.new | allowed, name) or other
     lost = [name for name, why in missing.items() if not why]
     # Tensors of a file that have no name here, or a name that this model does not have.
@@ -513,7 +513,7 @@ def text_encoder(weights, config):
     """(settings, tensors) of the text encoder as transformers' XLMRobertaModel has them."""
     tensors = {}
     for name, tensor in weights.items():
-        if part(name) == "text":
+        if part_of(name) == "text":
             name = name.removeprefix("text.")
             for theirs, ours in BERT.items():                    # the table, read backwards
                 name = name.replace(ours, theirs)

@@ -99,18 +99,18 @@ def xlmr(d=64, layers=4, vocabulary=100, prefix="roberta."):
     return random(made)
 
 
-def single_stack(vision, vocabulary, kinds):
+def single_stack(vision, vocabulary, token_types):
     """Two text layers and one fusion layer in one stack: the layout of CCLM-3M/4M (one token type) and X2VLM (two)."""
     upper, made = x2vlm(64, 1, vocabulary), {f"vision_encoder.{name}": t for name, t in vision.items()}
     made |= {k: t for k, t in upper.items() if k.startswith(("temp", "vision_proj", "text_proj", "itm_head"))}
     for n in range(3):
         made |= bert_layer(f"text_encoder.bert.encoder.layer.{n}", 64, cross=n == 2)
     made |= embeddings("text_encoder.bert.embeddings", 64, vocabulary)
-    made["text_encoder.bert.embeddings.token_type_embeddings.weight"] = zeros(kinds, 64)
+    made["text_encoder.bert.embeddings.token_type_embeddings.weight"] = zeros(token_types, 64)
     made |= {k.replace("mlm_head", "text_encoder.cls"): t for k, t in upper.items() if k.startswith("mlm_head")}
     made = random(made)
     made["text_encoder.cls.predictions.decoder.bias"] = made["text_encoder.cls.predictions.bias"]
-    if kinds == 1:                                                           # tied
+    if token_types == 1:                                                           # tied
         words = made["text_encoder.bert.embeddings.word_embeddings.weight"]
         made["text_encoder.cls.predictions.decoder.weight"] = words
     return made

@@ -16,8 +16,8 @@ from model import CCLM, Config
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 HEADS = {"vision_heads": 4, "text_heads": 4, "fusion_heads": 4}              # toy heads are 16 wide, not 64
-PAIRS, WORDS = {"contrast": 1.0, "match": 1.0, "mask": 0.0}, {"contrast": 0.0, "match": 0.0, "mask": 1.0}
-PAIRS, WORDS = Options(PAIRS), Options(WORDS)
+PAIRS = Options({"contrast": 1.0, "match": 1.0, "mask": 0.0})
+MASKED = Options({"contrast": 0.0, "match": 0.0, "mask": 1.0})
 TOLERANCE = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-5, 1e-4)}       # of states and losses, of gradients
 
 
@@ -41,12 +41,12 @@ def pack(ids, mask):
     return ids[mask.bool()], offsets(mask.sum(1))                            # (B, L) -> (T,), (B+1,)
 
 
-def hidden(text):
-    """Masked words and what they are: words (T,), rows (M,) ascending, truth (M,)."""
-    words, starts = pack(text["text_ids_masked"], text["text_atts"])
+def masked_tokens(text):
+    """token_ids (T,) with masked ones, their positions (M,) ascending, labels (M,): what they were."""
+    token_ids, starts = pack(text["text_ids_masked"], text["text_atts"])
     real = text["masked_ids"] != -100
-    rows, order = (starts[:-1, None] + text["masked_pos"])[real].sort()
-    return words, rows, text["masked_ids"][real][order]
+    positions, order = (starts[:-1, None] + text["masked_pos"])[real].sort()
+    return token_ids, positions, text["masked_ids"][real][order]
 
 
 def error(x, reference):
@@ -85,7 +85,7 @@ def gradient_errors(model, name, expected, dtype):
 
 
 def check_fusion(model, expected, tolerance, a, b, mask, masked=None, other=None, masked_mask=None):
-    """Fused states of true pairs (b looks at a), of pairs with the official wrong partners, of masked texts that look
+    """Fused states of true pairs (b looks at a), of pairs with the official negatives, of masked texts that look
     at `other`."""
     everyone, fused = torch.arange(6), expected["get_cross_embeds"]
     got = model.fuse(b, a, everyone, everyone)
@@ -106,16 +106,16 @@ def test_image_text_gives_the_official_numbers(name, dtype):
     text, ids, (near, far) = inputs["t1"], torch.arange(6), TOLERANCE[dtype]
     image = model.encode_image(official("x2vlm")["inputs"]["image"].to(dtype), ids)
     caption = model.encode_text(*pack(text["text_ids"], text["text_atts"]), ids)
-    words, rows, truth = hidden(text)
-    masked = model.encode_text(words, caption.starts, ids)
+    token_ids, positions, labels = masked_tokens(text)
+    masked = model.encode_text(token_ids, caption.starts, ids)
     assert error(image.states, expected["get_vision_embeds"].flatten(0, 1)) < near
     for view, states in zip((caption, masked), expected["get_text_embeds"]):
         assert error(view.states, real(states, text["text_atts"])) < near
     for view, vectors in zip((image, caption), expected["get_features"]):
         assert error(view.vectors, vectors) < near
     check_fusion(model, expected, near, image, caption, text["text_atts"], masked, image, text["text_atts"])
-    wrong = expected["neg_image_idx"], expected["neg_text_idx"]
-    losses = cross_view(model, image, caption, MaskedText(masked.states, rows, truth), seed=0, negatives=wrong)
+    negatives = expected["neg_image_idx"], expected["neg_text_idx"]
+    losses = cross_view(model, image, caption, MaskedText(masked.states, positions, labels), seed=0, negatives=negatives)
     for ours, theirs in (("contrast", "loss_itc"), ("match", "loss_itm"), ("mask", "loss_mlm")):
         assert error(losses[ours], expected["loss"][theirs]) < near, ours
     losses["loss"].backward()
@@ -132,16 +132,16 @@ def test_parallel_text_gives_the_official_numbers(name, dtype):
     t1, t2 = inputs["t1"], inputs["t2"]
     ids, (near, far) = torch.arange(6), TOLERANCE[dtype]
     a, b = (model.encode_text(*pack(t["text_ids"], t["text_atts"]), ids) for t in (t1, t2))
-    words, rows, truth = hidden(t1)
-    masked = model.encode_text(words, a.starts, ids)
+    token_ids, positions, labels = masked_tokens(t1)
+    masked = model.encode_text(token_ids, a.starts, ids)
     for view, states, t in zip((a, b, masked), expected["get_text_embeds"], (t1, t2, t1)):
         assert error(view.states, real(states, t["text_atts"])) < near
     for view, vectors in zip((a, b), expected["get_features"]):
         assert error(view.vectors, vectors) < near
     check_fusion(model, expected, near, a, b, t2["text_atts"], masked, b, t1["text_atts"])
-    wrong = expected["neg_image_idx"], expected["neg_text_idx"]
-    first = cross_view(model, a, b, MaskedText(b.states, rows[:0], truth[:0]), 0, wrong, PAIRS)
-    second = cross_view(model, b, a, MaskedText(masked.states, rows, truth), 0, wrong, WORDS)
+    negatives = expected["neg_image_idx"], expected["neg_text_idx"]
+    first = cross_view(model, a, b, MaskedText(b.states, positions[:0], labels[:0]), 0, negatives, PAIRS)
+    second = cross_view(model, b, a, MaskedText(masked.states, positions, labels), 0, negatives, MASKED)
     for got, theirs in ((first["contrast"], "loss_ttc"), (first["match"], "loss_ttm"), (second["mask"], "loss_mlm")):
         assert error(got, expected["loss"][theirs]) < near, theirs
     (first["loss"] + second["loss"]).backward()
@@ -151,7 +151,7 @@ def test_parallel_text_gives_the_official_numbers(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_retrieval_fine_tuning_gives_the_official_numbers(dtype):
-    """Captions of one image are soft labels of each other (same="positive") and never its wrong partners. fp32
+    """Captions of one image are soft labels of each other (same="positive") and never its negatives. fp32
     reference."""
     model, reference = imported("retrieval", dtype), official("retrieval")
     expected, text, ids = reference["image_text"], reference["inputs"]["t1"], reference["idx"]
@@ -161,8 +161,8 @@ def test_retrieval_fine_tuning_gives_the_official_numbers(dtype):
     assert error(caption.states, real(expected["get_text_embeds"][0], text["text_atts"])) < 1e-5
     check_fusion(model, expected, 1e-5, image, caption, text["text_atts"])
     nothing = torch.zeros(0, dtype=torch.long)
-    wrong = expected["neg_image_idx"], expected["neg_text_idx"]
-    losses = cross_view(model, image, caption, MaskedText(caption.states, nothing, nothing), 0, wrong,
+    negatives = expected["neg_image_idx"], expected["neg_text_idx"]
+    losses = cross_view(model, image, caption, MaskedText(caption.states, nothing, nothing), 0, negatives,
                         PAIRS._replace(same="positive"))
     for ours, theirs in (("contrast", "loss_itc"), ("match", "loss_itm")):
         assert error(losses[ours], expected["loss"][theirs]) < 1e-5, ours

@@ -55,7 +55,7 @@ def test_cclm_3m_needs_another_vision_encoder(tmp_path, capsys):
     """Its Swin is left out and said to be; a ViT named after it takes its place, and everything else comes along."""
     swin = {"layers.0.blocks.0.attn.qkv.bias": zeros(9), "layers.0.blocks.1.attn_mask": zeros(4, 9, 9),
             "patch_embed.norm.bias": zeros(8), "norm.bias": zeros(8)}
-    tensors = single_stack(swin, 50, kinds=1)
+    tensors = single_stack(swin, 50, token_types=1)
     torch.save({"model": tensors}, tmp_path / "cclm_3m.th")
     torch.save(random(beit("", 64, 1, 1)), tmp_path / "beit2.pth")
     words = ["import", str(tmp_path / "cclm_3m.th"), str(tmp_path / "beit2.pth"), "--out", str(tmp_path / "ckpt.pt")]
@@ -73,7 +73,7 @@ def test_cclm_3m_needs_another_vision_encoder(tmp_path, capsys):
 def test_where_cclm_began(tmp_path):
     """CCLM-X2VLM: XLM-R, then from the English X2VLM everything but words; the new decoder is random. CCLM-3M/4M:
     XLM-R's layers 1, 3, 5 ... as one stack without cross-attention."""
-    head, text, english = xlmr(layers=8), xlmr(layers=4), single_stack(beit("", 64, 1, 1), 30, kinds=2)
+    head, text, english = xlmr(layers=8), xlmr(layers=4), single_stack(beit("", 64, 1, 1), 30, token_types=2)
     torch.save(english, tmp_path / "x2vlm.th")
     torch.save(text | {"lm_head.bias": torch.randn(100), "lm_head.dense.weight": torch.randn(64, 64)},
                tmp_path / "xlmr.bin")

@@ -114,4 +114,4 @@ def test_settings_beside_the_weights_are_read(tmp_path):
     settings(model_type="clip", vision_config={"num_attention_heads": 8})
     assert (read("clip.bin")["vision_heads"], read()["text_heads"]) == (8, 2)
     swin = {"layers.0.blocks.0.attn.qkv.bias": torch.zeros(9), "norm.bias": torch.zeros(8)}
-    assert "vision_heads" not in layouts.translate(single_stack(swin, 50, kinds=1)).fields
+    assert "vision_heads" not in layouts.translate(single_stack(swin, 50, token_types=1)).fields

@@ -126,7 +126,7 @@ CASES = [
     *((f"a gap in {name}", {"a.pth": tensors | {name: torch.zeros(size)}}, IMPORT, ["tensors are unknown", name])
       for name, tensors, size in (("blocks.99999999.norm1.bias", BEIT, 64),
                                   ("vision_model.encoder.layers.2.mlp.fc1.bias", CLIP, 256))),
-    ("two decoders", {"a.pth": single_stack(SWIN, 50, kinds=1) | {
+    ("two decoders", {"a.pth": single_stack(SWIN, 50, token_types=1) | {
         "text_encoder.cls.predictions.decoder.bias": torch.ones(50)}}, IMPORT, ["with different numbers is mlm_head.bias"]),
     ("two widths", {"a.pth": BEIT, "b.pth": xlmr(128, 1)}, "weights import a.pth b.pth --out new.pt",
      ["BEiT-2 has width 64, XLM-R 128: one fusion encoder reads both"]),
