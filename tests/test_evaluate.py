@@ -34,7 +34,7 @@ def rows():     # six images; the first has a second English caption, the last n
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer, tmp_path_factory):
     model, path = make(tokenizer), tmp_path_factory.mktemp("evaluate") / "ckpt.pt"
-    torch.save({"model": model.state_dict(), "tokenizer": tokenizer.model,
+    torch.save({"model": model.state_dict(), "step": 1, "tokenizer": tokenizer.model,
                 "config": {"model": dataclasses.asdict(model.config), "train": {}}}, path)
     return path
 

@@ -17,7 +17,7 @@ def checkpoint(tokenizer, tmp_path_factory):
     torch.manual_seed(0)
     config = dataclasses.replace(PRESETS["demo"], vocabulary=tokenizer.size, width=32, embedding=16, image_size=32)
     path = tmp_path_factory.mktemp("search") / "ckpt.pt"
-    torch.save({"model": CCLM(config).state_dict(), "tokenizer": tokenizer.model,
+    torch.save({"model": CCLM(config).state_dict(), "step": 1, "tokenizer": tokenizer.model,
                 "config": {"model": dataclasses.asdict(config), "train": {}}}, path)
     return path
 
