@@ -63,13 +63,6 @@ def test_broken_records_are_named_with_file_record_and_reason_and_give_status_1(
         assert f"a.jsonl line {line}: {why}" in found["broken"]
 
 
-@pytest.mark.parametrize("words, said", [(["NONE"], "no such file"), (["README.md.zip"], "no such file")])
-def test_a_mistake_is_one_line_and_status_2(capsys, words, said):
-    assert data.main(words) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and said in lines[0]
-
-
 def test_data_py_is_the_command(tmp_path):
     """`python data.py PATH`, with its status, also in a terminal that knows no umlauts."""
     samples.lines(tmp_path / "a.jsonl", [{"text": {"en": "one", "de": "f\u00fcnf"}}, {"text": {"en": "two"}}])

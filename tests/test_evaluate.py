@@ -186,28 +186,3 @@ def test_the_report_has_every_language_and_group_and_prints(tokenizer, capsys):
     assert "never in training (4)" in out and "chance" in out and max(map(len, out.splitlines())) <= 120
     for head in ("equal", "re-ranked", "by match", "new names"):             # also where they print the plain R@1 again
         assert head in out
-
-
-MISTAKES = """no checkpoint      retrieval --ckpt {d}/none.pt
-not a checkpoint   retrieval --ckpt {d}/text.png
-another shape      retrieval --ckpt {d}/other.pt
-unknown split      retrieval --ckpt {c} --data demo:nonsense
-empty caption      retrieval --ckpt {c} --data {d}/empty.jsonl
-text as image      retrieval --ckpt {c} --data {d}/text.jsonl
-negative K         retrieval --ckpt {c} --rerank -1
-unwritable json    retrieval --ckpt {c} --json {d}/none/x.json
-unknown language   retrieval --ckpt {c} --data demo:val_concept --languages xx""".splitlines()
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2(mistake, checkpoint, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.png").write_text("this is no image")
-    (tmp_path / "empty.jsonl").write_text('{"image": "x.png", "captions": {"en": " "}}')
-    (tmp_path / "text.jsonl").write_text('{"image": "text.png", "captions": {"en": "a"}}')
-    state = torch.load(checkpoint, weights_only=True)
-    state["config"]["model"]["width"] = 64
-    torch.save(state, tmp_path / "other.pt")
-    assert evaluate.main(mistake[19:].format(c=checkpoint, d=tmp_path).split()) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1, err

@@ -164,26 +164,6 @@ def test_a_shard_that_is_deleted_during_training_ends_the_run_and_can_be_put_bac
     assert train.main(settings(folder, tmp_path / "out", *given)) == 0
 
 
-@pytest.mark.parametrize("change, said", [
-    (["--images", "NONE/*.tar"], ["no such file"]), (["--texts", "demo", "--images"], []),
-    (["--tokenizer", "NONE"], ["not a tokenizer"]), (["--languages", "xx"], ["no record in xx"]),
-    (["--texts", "a.tar"], ["no such file"]), (["--images", "demo", "--tokenizer", ""], ["--tokenizer"])])
-def test_a_mistake_in_the_settings_is_one_line(tmp_path, whole, capsys, change, said):
-    if not said:
-        with pytest.raises(SystemExit):                                      # argparse's own line
-            train.main(settings(whole, tmp_path / "out", *change))
-        return
-    last_line(capsys, train.main(settings(whole, tmp_path / "out", *change)), *said)
-
-
-def test_texts_alone_and_compressed_files_are_refused(tmp_path, whole, capsys):
-    (tmp_path / "x.tar.gz").write_bytes(b"\x1f\x8b")
-    last_line(capsys, train.main(["--out", str(tmp_path / "o"), "--texts", str(whole / "multi30k" / "train.en")]),
-              "--texts needs --images")
-    last_line(capsys, train.main(settings(whole, tmp_path / "o", "--images", str(tmp_path / "x.tar.gz"))), "unpack it")
-    last_line(capsys, train.main(settings(whole, tmp_path / "o", "--texts", str(whole / "a.tar"))), "--images")
-
-
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
 def test_a_mistake_in_a_source_is_told_as_itself_and_leaves_no_worker_waiting(tmp_path, monkeypatch, capsys, error):
     def broken(self, key):

