@@ -3,8 +3,11 @@
     dual encoder   score = cosine of two vectors made apart: n + I encodings give n x I scores
     re-ranking     the fusion encoder reads a query's K best pairs again:
                    score = cosine / temperature + 1/4 log-odds of the match head
-    by match       the same K in the order of the match head alone, as published (section 4.3)
+    by match       the same K by the match head alone: as published (official Retrieval.py:117)
     recall R@k     share of queries (%) with a right answer among the first k
+
+Keys of the results: t2i text to image, i2t image to text; reranked_ and matched_ for the two other
+orders; _equal where captions that read the same are equally right.
 
 Why the sum: the match head learned to tell true pairs from false ones that were drawn by
 softmax(cosine / temperature). The best log-odds for that are log(p(true) / p(drawn)), which is all
@@ -96,11 +99,15 @@ def encode_images(model, images):
     return join(views)
 
 
+def longest_text(model):
+    """The most tokens of a caption or query that this model reads."""
+    return min(SENTENCE_TOKENS, model.text.longest)
+
+
 def encode_texts(model, tokenizer, texts):
     """n texts -> View of the U different ones, and each text's place in it (n,)."""
     device = model.temperature.device
-    longest = min(SENTENCE_TOKENS, model.text.longest)
-    token_ids = [tuple(tokenizer.encode(text, longest)) for text in texts]
+    token_ids = [tuple(tokenizer.encode(text, longest_text(model))) for text in texts]
     different = sorted(set(token_ids), key=lambda ids: (len(ids), ids))      # a batch: like lengths
     views = []
     for first in range(0, len(different), BATCH):
@@ -195,7 +202,8 @@ def match_logits(model, texts, images, pairs):
         # text query_text[i] and reads image query_view[i].
         text, query_text = pairs[batch, 0].unique(return_inverse=True)
         image, query_view = pairs[batch, 1].unique(return_inverse=True)
-        few_texts, few_images = select(texts, text), select(images, image)
+        few_texts = select(texts, text)
+        few_images = select(images, image)
         # The head reads the first token of each query sequence.
         first = offsets(few_texts.starts.diff()[query_text])[:-1].long()     # (PAIRS,)
         with inference_context(pairs.device):
@@ -243,8 +251,11 @@ def false_caption_scores(model, captions, images):
     pairs = torch.stack([text, image], 1)                                    # (2 I, 2)
     scores = both_scores(model, captions.view, images, pairs, cosine)
     scores = {"": scores["reranked_"], "_match": scores["matched_"], "_cosine": cosine}
-    return {f"false_caption_accuracy{name}": percent(torch.gt(*score.chunk(2)))
-            for name, score in scores.items()}
+    result = {}
+    for name, score in scores.items():
+        true, false = score.chunk(2)                                         # (2 I,) -> 2 x (I,)
+        result[f"false_caption_accuracy{name}"] = percent(true > false)
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,7 +291,8 @@ def retrieval(model, tokenizer, rows, languages=None, rerank=16, trained=(), pro
     languages = list(dict.fromkeys(languages or present))
     for k in set(languages) - set(present):
         raise ValueError(f"no caption is in language {k!r}: choose from {' '.join(present)}")
-    training, result = model.training, {}
+    result = {}
+    training = model.training
     try:
         all_images = encode_images(model.eval(), [row["image"] for row in rows])
         for k in tqdm(languages, disable=not progress, leave=False):
@@ -372,7 +384,8 @@ def explain(model, tokenizer, image_batch):
     """Prints what the first pair of an image-text batch (data.Batches) becomes on its way to the
     losses, with real numbers and shapes."""
     ids, sentences, masked = (image_batch[key] for key in ("ids", "b", "masked"))
-    B, end = len(ids), int(sentences.starts[1])                              # end of caption 0
+    B = len(ids)
+    end = int(sentences.starts[1])                                           # of caption 0
     positions = masked.positions[masked.positions < end].tolist()            # in caption 0
 
     def read(token_ids):
@@ -387,15 +400,16 @@ def explain(model, tokenizer, image_batch):
     # The two encoders: views of the images, of the captions, and of the masked captions.
     a = model.encode_image(normalise(image_batch["images"]), ids)
     b = model.encode_text(sentences.token_ids, sentences.starts, ids)
-    states = model.encode_text(masked.token_ids, sentences.starts, ids).states
-    masked_text = MaskedText(states, masked.positions, masked.labels)
+    masked_states = model.encode_text(masked.token_ids, sentences.starts, ids).states
+    masked_text = MaskedText(masked_states, masked.positions, masked.labels)
     print(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} and one "
           f"unit vector of {a.vectors.shape[1]}\nview b          caption 0: {end} states and one "
           f"unit vector; their cosine is {a.vectors[0] @ b.vectors[0]:.3f}")
     # Contrastive loss: image 0 looks for its caption among all. Its hard negative is a wrong one,
     # drawn by probability.
     logits = a.vectors[0] @ b.vectors.T / model.temperature                  # (E,), (B, E) -> (B,)
-    rank, temperature = 1 + int((logits > logits[0]).sum()), model.temperature.item()
+    rank = 1 + int((logits > logits[0]).sum())
+    temperature = model.temperature.item()
     negatives = hard_negatives(a, b, model.temperature, seed=0)
     j = int(negatives[1][0])
     negative = sentences.token_ids[sentences.starts[j]:sentences.starts[j + 1]]
@@ -413,7 +427,8 @@ def explain(model, tokenizer, image_batch):
     head = model.mlm_head
     guesses = F.linear(head(fused), head.weight, head.bias).softmax(-1)      # (M, D) -> (M, V)
     for position, guess in zip(positions, guesses):
-        label, best = int(sentences.token_ids[position]), guess.topk(3)
+        label = int(sentences.token_ids[position])
+        best = guess.topk(3)
         named = zip(tokenizer.pieces(best.indices), best.values)
         print(f"masked LM       position {position} was {read([label])} (probability "
               f"{guess[label]:.4f}); best guesses", ", ".join(f"{w} {p:.3f}" for w, p in named))

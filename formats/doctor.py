@@ -1,6 +1,6 @@
-"""The data doctor: reads every record of some sources, says what is there and what is wrong; exit status 1 if anything
-is broken. And a tokenizer from the same sources. How a source is written: formats/sources.py; what files may hold:
-formats/records.py.
+"""The data doctor: reads every record of some sources, prints what is there and what is wrong; exit
+status 1 if a record is broken. The tokenizer command reads the same sources. How a source is
+written: formats/sources.py; what files may hold: formats/records.py.
 
     python data.py cc3m/*.tar wikimatrix/*.tsv --tokenizer spm.model
     python data.py tokenizer --texts wikimatrix/*.tsv --vocab 8000 --out spm.model
@@ -14,128 +14,167 @@ import textwrap
 import numpy as np
 from tqdm import tqdm
 
-from formats import sources
 from formats.images import undecoded
 from formats.records import BadRecord, identity, reading
+from formats.sources import open_readers, parse_all
 
 
 class Findings:
-    """What the doctor saw of one source. Of images and texts it keeps a fingerprint of 8 bytes: millions fit."""
+    """What the doctor has seen of one kind of files. Of an image or text it keeps some bytes of
+    numbers: millions fit into memory."""
 
-    def __init__(self, readers, encode, longest):
-        self.readers, self.encode, self.longest = readers, encode, longest
+    def __init__(self, readers, encode=None, longest=64):
+        self.readers = readers
         self.pairs = not readers[0].images
-        self.spoken, self.per_record, self.lengths, self.formats = (collections.Counter() for _ in range(4))
-        self.things, self.texts = array.array("q"), array.array("q")
-        self.broken, self.first_broken, self.good, self.top, self.samples = 0, [], 0, [], []
+        self.encode = encode or list            # text -> its tokens; without a tokenizer its letters
+        self.unit = "tokens" if encode else "characters"
+        self.longest = longest
+        self.languages = collections.Counter()
+        self.texts_per_record = collections.Counter()
+        self.formats = collections.Counter()
+        self.records = array.array("q")         # an identity each
+        self.texts = array.array("q")
+        self.lengths = array.array("i")
+        self.top = []                           # (length, where, language, text), the ten longest
+        self.samples = []                       # (where, texts)
+        self.broken = 0
+        self.messages = []
 
-    def look(self, reader, i, rng):
-        """Reads a record whole, the image to its last row."""
+    def look(self, reader, i):
+        """Reads a record whole, also the image."""
         try:
             with reading(reader, i):
-                thing, said = reader.record(i)
-                if self.pairs and len(said) < 2:
-                    raise ValueError(f"one language only ({' '.join(said)}), not two")
+                raw, captions = reader.record(i)
+                if self.pairs and len(captions) < 2:
+                    raise ValueError(f"one language only ({' '.join(captions)}), not two")
                 if not self.pairs:
-                    with undecoded(thing) as image:
-                        image.draft("RGB", (1, 1))
-                        image.load()
-                        self.formats[image.format] += 1
+                    self.look_at_image(raw)
         except BadRecord as error:
-            self.broken += 1
-            if self.broken <= 10:
-                self.first_broken.append(str(error))
+            self.add_broken(str(error))
             return
-        self.add(reader.where(i), thing, [(k, text) for k, group in said.items() for text in group], rng)
+        texts = [(language, text) for language, group in captions.items() for text in group]
+        self.add(reader.where(i), raw, texts)
 
-    def add(self, where, thing, texts, rng):
-        self.good += 1
-        self.things.append(identity(thing))
-        self.spoken.update({k for k, _ in texts})
-        self.per_record[len(texts)] += 1
+    def look_at_image(self, raw):
+        with undecoded(raw) as image:
+            image.draft("RGB", (1, 1))          # a JPEG is read to its end, but decoded at 1/8: fast
+            image.load()
+            self.formats[image.format] += 1
+
+    def add_broken(self, message):
+        self.broken += 1
+        if self.broken <= 10:
+            self.messages.append(message)
+
+    def add(self, where, raw, texts):
+        self.records.append(identity(raw))
+        self.languages.update({language for language, _ in texts})
+        self.texts_per_record[len(texts)] += 1
+        new = []
         for language, text in texts:
-            size = len(self.encode(text) if self.encode else text)
-            self.lengths[size] += 1
-            self.texts.append(identity(f"{language} {text}".encode("utf-8", "surrogatepass")))
-            if len(self.top) < 10 or size > self.top[0][0]:
-                (heapq.heappushpop if len(self.top) == 10 else heapq.heappush)(self.top, (size, where, language, text))
-        place = len(self.samples) if len(self.samples) < 3 else int(rng.integers(self.good))     # all equally likely
-        if place < 3:
-            self.samples[place:place + 1] = [(where, texts)]
+            length = len(self.encode(text))
+            self.lengths.append(length)
+            self.texts.append(identity(f"{language} {text}".encode()))
+            new.append((length, where, language, text))
+        self.top = heapq.nlargest(10, self.top + new)
+        if len(self.samples) < 3:
+            self.samples.append((where, texts))
 
     def report(self, name):
-        size = sum(reader.size for reader in self.readers)
-        print(f"{name}: {'parallel text' if self.pairs else 'images'}, {len(self.readers):,} file(s), "
-              f"{sum(map(len, self.readers)):,} records, {size / 2 ** 20:,.1f} MiB")
-        if self.good:
-            show("languages", "  ".join(f"{k} {n:,}" for k, n in sorted(self.spoken.items())))
-            show("texts a record", "  ".join(f"{k}: {n:,}" for k, n in sorted(self.per_record.items())))
-            show("images", "  ".join(f"{k} {n:,}" for k, n in self.formats.most_common()))
-            total, values, marks, seen = sum(self.lengths.values()), sorted(self.lengths), {}, 0
-            for value in values:
-                seen += self.lengths[value]
-                marks |= {share: value for share in (50, 90, 99) if share not in marks and seen >= total * share / 100}
-            cut = sum(n for value, n in self.lengths.items() if value > self.longest)
-            known = f"; {100 * cut / total:.2f} % are cut at {self.longest}"
-            show("tokens" if self.encode else "characters",
-                 f"median {marks[50]}, 90 % up to {marks[90]}, 99 % up to {marks[99]}, longest {values[-1]}"
-                 + (known if self.encode else " (--tokenizer FILE counts tokens and how many texts are cut)"))
-            show("exact duplicates", f"{repeated(self.things):,} of {len(self.things):,} "
-                 f"{'pairs' if self.pairs else 'images'}, {repeated(self.texts):,} of {len(self.texts):,} texts")
-            for i, (length, where, language, text) in enumerate(sorted(self.top, reverse=True)):
-                show("" if i else "longest", f"{length}  {where}  {language}: {short(text)}")
-            for i, (where, texts) in enumerate(self.samples):
-                show("" if i else "samples", f"{where}  " + "  ".join(f"{k}: {short(text)}" for k, text in texts[:3]))
+        kind = "parallel text" if self.pairs else "images"
+        records = sum(len(reader) for reader in self.readers)
+        size = sum(reader.size for reader in self.readers) / 2 ** 20
+        print(f"{name}: {kind}, {len(self.readers):,} file(s), {records:,} records, {size:,.1f} MiB")
+        if self.records:
+            self.report_good()
         show("broken", f"{self.broken:,} records" if self.broken else "none")
-        for line in self.first_broken:
-            show("", line)
+        for message in self.messages:
+            show("", message)
+
+    def report_good(self):
+        show("languages", "  ".join(f"{k} {n:,}" for k, n in sorted(self.languages.items())))
+        show("texts a record",
+             "  ".join(f"{k}: {n:,}" for k, n in sorted(self.texts_per_record.items())))
+        show("images", "  ".join(f"{k} {n:,}" for k, n in self.formats.most_common()))
+        show(self.unit, self.lengths_line())
+        show("exact duplicates",
+             f"{repeated(self.records):,} of {len(self.records):,} "
+             f"{'pairs' if self.pairs else 'images'}, "
+             f"{repeated(self.texts):,} of {len(self.texts):,} texts")
+        label = "longest"
+        for length, where, language, text in self.top:
+            show(label, f"{length}  {where}  {language}: {short(text)}")
+            label = ""
+        label = "samples"
+        for where, texts in self.samples:
+            said = "  ".join(f"{language}: {short(text)}" for language, text in texts[:3])
+            show(label, f"{where}  {said}")
+            label = ""
+
+    def lengths_line(self):
+        lengths = np.asarray(self.lengths)
+        half, nine, most = np.percentile(lengths, [50, 90, 99], method="inverted_cdf")
+        line = f"median {half}, 90 % up to {nine}, 99 % up to {most}, longest {lengths.max()}"
+        if self.unit == "characters":
+            return f"{line} (--tokenizer FILE counts tokens and how many texts are cut)"
+        cut = 100 * np.mean(lengths > self.longest)
+        return f"{line}; {cut:.2f} % are cut at {self.longest}"
 
 
 def show(label, text):
-    for i, line in enumerate(textwrap.wrap(text, 100, break_on_hyphens=False) if text else ()):
-        print(f"  {'' if i else label:16} {line}")
+    for line in textwrap.wrap(text, 100, break_on_hyphens=False):
+        print(f"  {label:16} {line}")
+        label = ""
 
 
 def short(text, most=60):
     return text if len(text) <= most else f"{text[:most - 3]}..."
 
 
-def repeated(fingerprints):
+def repeated(identities):
     """How many are there a second time or more."""
-    return len(fingerprints) - len(np.unique(np.asarray(fingerprints)))
+    return len(identities) - len(np.unique(np.asarray(identities)))
+
+
+def bar(items, total, name=None):
+    return tqdm(items, desc=name, total=total, leave=False, disable=not sys.stderr.isatty())
 
 
 def doctor(arguments, encode, longest, cache, image_root):
-    """Prints the findings of every source -> exit status: 1 if a record is broken. encode: text -> its tokens, or None;
-    longest: how many of them training reads."""
-    rng, broken = np.random.default_rng(0), 0
-    for source in sources.parse_all(arguments):
-        argument, readers = source.argument, sources.open_readers(source, cache=cache, root=image_root)
-        for kind in (True, False):                                           # a folder may hold both
-            part = [r for r in readers if r.images == kind]
-            if part:
-                found = Findings(part, encode, longest)
-                every = ((reader, i) for reader in part for i in range(len(reader)))
-                for reader, i in tqdm(every, total=sum(map(len, part)), leave=False, disable=not sys.stderr.isatty()):
-                    found.look(reader, i, rng)
-                found.broken += sum(not len(reader) for reader in part)
-                found.first_broken += [f"{reader.path}: no records" for reader in part if not len(reader)]
-                found.report(argument)
-                broken += found.broken
+    """Prints the findings of every source -> exit status: 1 if a record is broken. encode: text ->
+    its tokens, or None; longest: how many of them training reads."""
+    broken = 0
+    for source in parse_all(arguments):
+        readers = open_readers(source, cache=cache, root=image_root)
+        for images in (True, False):            # a folder may hold both
+            some = [reader for reader in readers if reader.images == images]
+            if not some:
+                continue
+            findings = Findings(some, encode, longest)
+            every = ((reader, i) for reader in some for i in range(len(reader)))
+            for reader, i in bar(every, sum(map(len, some))):
+                findings.look(reader, i)
+            for reader in some:
+                if not len(reader):
+                    findings.add_broken(f"{reader.path}: no records")
+            findings.report(source.argument)
+            broken += findings.broken
     return 1 if broken else 0
 
 
 def every_text(arguments, cache, most=2_000_000):
-    """The texts of some sources in all languages alike; of many records every second, third ... Broken ones are passed
-    over: the doctor names them."""
-    readers = [r for source in sources.parse_all(arguments)
-               for r in sources.open_readers(source, cache=cache)]
-    every = max(1, sum(map(len, readers)) // most)
+    """The texts of some sources in all languages; of many records every second, third ... one.
+    Broken ones are passed over: the doctor names them."""
+    readers = [reader for source in parse_all(arguments)
+               for reader in open_readers(source, cache=cache)]
+    step = max(1, sum(map(len, readers)) // most)
     for reader in readers:
-        for i in tqdm(range(0, len(reader), every), desc=reader.path, leave=False, disable=not sys.stderr.isatty()):
+        wanted = range(0, len(reader), step)
+        for i in bar(wanted, len(wanted), reader.path):
             try:
                 with reading(reader, i):
-                    texts = reader.texts(i)
+                    captions = reader.texts(i)
             except BadRecord:
                 continue
-            yield from (text for group in texts.values() for text in group)
+            for texts in captions.values():
+                yield from texts

@@ -1,15 +1,12 @@
 """evaluate.py: packed re-ranking equals a loop over pairs, recall equals hand-made cases, a mistake is one line."""
-import base64
 import dataclasses
 import json
-import re
 
 import pytest
 import torch
 
 import data
 import evaluate
-import search
 from formats import images
 from demo import emoji
 from model import CCLM, PRESETS
@@ -37,14 +34,14 @@ def rows():     # six images; the first has a second English caption, the last n
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer, tmp_path_factory):
     model, path = make(tokenizer), tmp_path_factory.mktemp("evaluate") / "ckpt.pt"
-    torch.save({"model": model.state_dict(), "tokenizer": tokenizer.model,
+    torch.save({"model": model.state_dict(), "step": 1, "tokenizer": tokenizer.model,
                 "config": {"model": dataclasses.asdict(model.config), "train": {}}}, path)
     return path
 
 
 @torch.inference_mode()
-def one_pair(model, tokenizer, image, text):     # (cosine, match logit, sum) without packs, memory, sources or rows
-    words, starts = data.pack([tokenizer.encode(text)])
+def one_pair(model, tokenizer, image, text):     # (cosine, match logit, sum) of a batch of one
+    words, starts = data.pack([tokenizer.encode(text, 64)])
     b = model.encode_text(words, starts, None)
     pixels = torch.from_numpy(images.eval_transform(image, model.config.image_size).copy())[None]
     a = model.encode_image(images.normalise(pixels), None)
@@ -61,7 +58,7 @@ def all_pairs(model, tokenizer, rows, language):     # {(caption, image): one_pa
 
 
 def plain_recall(score, owner, K, k=1, by=1):
-    """Official protocol (F5.4), a query at a time: sort by cosine, then the first K by match logit (by=2: sum)."""
+    """The official protocol (Retrieval.py:117), a query at a time: sort by cosine, then the first K by match logit (by=2: sum)."""
     def hit(pairs):
         pairs = sorted(pairs, key=lambda p: -score[p][0])
         if K:
@@ -75,14 +72,16 @@ def plain_recall(score, owner, K, k=1, by=1):
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("batch", [2, 256])
-def test_match_logits_of_a_pack_equal_those_of_single_pairs(tokenizer, rows, layers, batch):
+def test_match_logits_of_a_pack_equal_those_of_single_pairs(tokenizer, rows, layers, batch, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH", batch)
+    monkeypatch.setattr(evaluate, "PAIRS", batch)
     model = make(tokenizer, fusion_layers=layers)
-    texts = [t for row in rows for said in row["captions"].values() for t in said]
+    texts = [text for row in rows for captions in row["captions"].values() for text in captions]
     with torch.inference_mode():
-        images = evaluate.encode_images(model, [row["image"] for row in rows], "cpu", batch)
-        view, place = evaluate.encode_texts(model, tokenizer, texts, "cpu", batch)
+        images = evaluate.encode_images(model, [row["image"] for row in rows])
+        view, place = evaluate.encode_texts(model, tokenizer, texts)
         pairs = torch.cartesian_prod(torch.arange(len(texts)), torch.arange(len(rows)))[::3]
-        got = evaluate.match_logits(model, view, images, torch.stack([place[pairs[:, 0]], pairs[:, 1]], 1), batch)
+        got = evaluate.match_logits(model, view, images, torch.stack([place[pairs[:, 0]], pairs[:, 1]], 1))
     want = torch.tensor([one_pair(model, tokenizer, rows[i]["image"], texts[t])[1] for t, i in pairs.tolist()])
     assert want.std() > 0.01                                                 # the pairs do differ
     torch.testing.assert_close(got[:, 1], want, rtol=1e-4, atol=1e-5)
@@ -136,8 +135,8 @@ def test_equal_captions_count_beside_the_plain_number_never_instead(tokenizer, r
 
 
 def test_new_names_leave_out_what_another_training_language_says_in_any_case(tokenizer, rows):
-    said = [{"en": ["robot"], "nl": ["Robot"], "de": ["Roboter"]}, {"en": ["cat"], "nl": ["kat"], "de": ["Katze"]}]
-    both = [dict(row, captions=c) for row, c in zip(rows, said)]
+    captions = [{"en": ["robot"], "nl": ["Robot"], "de": ["Roboter"]}, {"en": ["cat"], "nl": ["kat"], "de": ["Katze"]}]
+    both = [dict(row, captions=c) for row, c in zip(rows, captions)]
     got = evaluate.retrieval(make(tokenizer), tokenizer, both, rerank=0, trained=["en", "de"])
     assert {k: x["new_n"] for k, x in got.items()} == {"en": 2, "nl": 1, "de": 2}
 
@@ -149,27 +148,44 @@ def test_false_captions_lose_a_tie_and_the_model_keeps_its_mode(tokenizer, rows)
     assert model.training and all(x[f"false_caption_accuracy{k}"] == 0 for k in ("", "_match", "_cosine"))
 
 
+def test_validation_scores_are_means_of_the_cosine_recall_by_group_or_over_all_languages(tokenizer, rows):
+    model, torch_state = make(tokenizer).train(), torch.get_rng_state()
+    demo = evaluate.validation_scores(model, tokenizer, emoji.split("val_concept")[:8])
+    own = evaluate.validation_scores(model, tokenizer, rows)                 # rows without concept ids
+    assert list(demo) == list(evaluate.GROUPS) and list(own) == ["all"]
+    wanted = evaluate.retrieval(model, tokenizer, emoji.split("val_concept")[:8], rerank=0)
+    for key in ("t2i_r1", "i2t_r1"):
+        never = [wanted[k][key] for k in emoji.languages("never")]
+        assert demo["never"][key] == pytest.approx(sum(never) / 4)
+        each = [x[key] for x in evaluate.retrieval(model, tokenizer, rows, rerank=0).values()]
+        assert own["all"][key] == pytest.approx(sum(each) / 3)
+    assert model.training and torch.equal(torch_state, torch.get_rng_state())       # training goes on as before
+
+
+def test_states_of_images_are_not_copied_when_all_have_a_caption(tokenizer, rows):
+    view = evaluate.encode_images(make(tokenizer), [row["image"] for row in rows])
+    assert evaluate.select(view, torch.arange(6)) is view
+    some = evaluate.select(view, torch.tensor([1, 4]))
+    size = int(view.starts[1])
+    assert torch.equal(some.states, torch.cat([view.states[size:2 * size], view.states[4 * size:5 * size]]))
+    assert some.starts.tolist() == [0, size, 2 * size] and torch.equal(some.vectors, view.vectors[[1, 4]])
+
+
+def test_a_cpu_evaluates_in_float32_also_inside_the_autocast_of_training():
+    with torch.autocast("cpu", torch.bfloat16), evaluate.inference_context(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
 def test_the_report_has_every_language_and_group_and_prints(tokenizer, capsys):
-    report = evaluate.demo_report(make(tokenizer), tokenizer, "cpu", rerank=2, sets=("test_concept",))
+    report = evaluate.demo_report(make(tokenizer), tokenizer, rerank=2, sets=("test_concept",))
     assert len(report["test_concept"]) == 25 and list(report["groups"]["test_concept"]) == list(evaluate.GROUPS)
     seen = [report["test_concept"][k]["t2i_r10"] for k in emoji.languages("seen")]
     assert report["groups"]["test_concept"]["seen"]["t2i_r10"] == pytest.approx(sum(seen) / 6)
     evaluate.print_table(json.loads(json.dumps(report)))
     out = capsys.readouterr().out
     assert "never in training (4)" in out and "chance" in out and max(map(len, out.splitlines())) <= 120
-
-
-def test_search_prints_a_ranking_and_writes_one_safe_file(checkpoint, tmp_path, capsys):
-    for i, row in enumerate(emoji.split("val")[:4]):
-        row["image"].save(tmp_path / f"{i}.png")
-    command = f"--ckpt {checkpoint} --images {tmp_path} --top 3 --html {tmp_path}/g.html <b>dog</b> Hund"
-    assert search.main(command.split()) == 0
-    out, page = capsys.readouterr().out, (tmp_path / "g.html").read_text(encoding="utf-8")
-    assert len(re.findall(r"^   [123]  [ -]0\.\d{3}  .*\.png$", out, re.M)) == 6
-    assert out.endswith(f"wrote {tmp_path}/g.html\n")
-    assert "<b>" not in page and "&lt;b&gt;dog" in page and "<script" not in page and "http" not in page
-    pictures = re.findall(r"base64,([^\"]+)", page)
-    assert len(pictures) == 6 and base64.b64decode(pictures[0]).startswith(b"\x89PNG")
+    for head in ("equal", "re-ranked", "by match", "new names"):             # also where they print the plain R@1 again
+        assert head in out
 
 
 MISTAKES = """no checkpoint      retrieval --ckpt {d}/none.pt
@@ -180,11 +196,7 @@ empty caption      retrieval --ckpt {c} --data {d}/empty.jsonl
 text as image      retrieval --ckpt {c} --data {d}/text.jsonl
 negative K         retrieval --ckpt {c} --rerank -1
 unwritable json    retrieval --ckpt {c} --json {d}/none/x.json
-unknown language   retrieval --ckpt {c} --data demo:val_concept --languages xx
-empty folder       search --ckpt {c} --images {d}/empty dog
-broken image       search --ckpt {c} --images {d} dog --html {d}/g.html
-top 0              search --ckpt {c} --images {d} --top 0 dog
-unwritable html    search --ckpt {c} --images {d} dog --html {d}""".splitlines()
+unknown language   retrieval --ckpt {c} --data demo:val_concept --languages xx""".splitlines()
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -196,7 +208,6 @@ def test_a_mistake_is_one_line_and_status_2(mistake, checkpoint, tmp_path, capsy
     state = torch.load(checkpoint, weights_only=True)
     state["config"]["model"]["width"] = 64
     torch.save(state, tmp_path / "other.pt")
-    name, *words = mistake[19:].format(c=checkpoint, d=tmp_path).split()
-    assert (search.main(words) if name == "search" else evaluate.main([name, *words])) == 2
+    assert evaluate.main(mistake[19:].format(c=checkpoint, d=tmp_path).split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1, err

@@ -28,8 +28,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import data                                                                  # noqa: E402
-from formats import records                                                               # noqa: E402
-from formats import sources                                                               # noqa: E402
+from formats import records                                                  # noqa: E402
 
 TRAIN = ("--steps 40 --log_every 40 --batch 32 --text_batch 64 --width 32 --vision_layers 1 --vision_mlp 64 "
          "--text_mlp 64 --fusion_mlp 64 --image_size 32 --no-eval --workers 1").split()
@@ -99,20 +98,17 @@ def bench_images(args):
 
 
 def compare(name, raws, rounds):
-    """Pillow and we do the same pictures by turns, sixteen at a time as a worker does: medians, process time."""
+    """Pillow and we do the same pictures by turns: medians, process time."""
     with tempfile.TemporaryDirectory() as folder:
-        source = data.image_files([str(write_tar(pathlib.Path(folder, "a.tar"), raws))], 224)
+        dataset = data.image_files([str(write_tar(pathlib.Path(folder, "a.tar"), raws))], 224)
         floor, ours = [0.0] * rounds, [0.0] * rounds
-        for turn, first in itertools.product(range(rounds), range(0, len(raws), 16)):
-            some = range(first, min(first + 16, len(raws)))
+        for turn, i in itertools.product(range(rounds), range(len(raws))):
             start = time.process_time()
-            for i in some:
-                Image.open(io.BytesIO(raws[i])).load()
+            Image.open(io.BytesIO(raws[i])).load()
             middle = time.process_time()
-            rngs = [data.generator(turn, i) for i in some]
-            done = [source[i, rng] for i, rng in zip(some, rngs)]
+            image, *_ = dataset[i, data.generator(turn, i)]
             floor[turn], ours[turn] = floor[turn] + middle - start, ours[turn] + time.process_time() - middle
-            assert all(image.shape == (3, 224, 224) for image, *_ in done)
+            assert image.shape == (3, 224, 224)
     floor, ours = (len(raws) / statistics.median(times) for times in (floor, ours))
     size = statistics.mean(map(len, raws))
     pixels = statistics.mean(math.prod(Image.open(io.BytesIO(raw)).size) for raw in raws)

@@ -1,0 +1,139 @@
+"""Images are cropped, resized and augmented as published: Pillow's own operations are the reference."""
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+
+from formats import images
+
+
+@pytest.fixture(scope="module")
+def photo():
+    noise = np.random.default_rng(0).integers(20, 230, (30, 40, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((400, 300), Image.Resampling.BICUBIC)
+
+
+def test_transforms_give_uint8_of_the_size_asked_for(photo):
+    for seed in range(30):
+        x = images.train_transform(photo, 32, np.random.default_rng(seed))
+        assert x.shape == (3, 32, 32) and x.dtype == np.uint8
+    assert images.eval_transform(photo, 48).shape == (3, 48, 48)
+
+
+def test_normalise_gives_zero_mean_and_unit_deviation_in_clips_statistics():
+    white = images.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    expected = [(1 - m) / s for m, s in zip(images.MEAN, images.STD)]
+    assert torch.allclose(white[0, :, 0, 0], torch.tensor(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 400, 300), (37, 20, 350, 290), (100, 100, 180, 150)])
+def test_resizing_is_pillows_bicubic_within_two_grey_levels(photo, box):
+    part = photo.crop(box)
+    theirs = np.asarray(part.resize((96, 96), Image.Resampling.BICUBIC)).astype(int)
+    wrong = abs(np.asarray(images.resize(part, 96)).astype(int) - theirs)
+    assert wrong.max() <= 2 and (wrong > 1).mean() < 1e-3
+
+
+def test_a_box_has_the_published_area_shape_and_place():
+    """0.2 to 1 of the area, 3/4 to 4/3 wide by high, anywhere; the whole image where no box fits."""
+    rng = np.random.default_rng(0)
+    boxes = np.array([images.random_box(256, 250, rng) for _ in range(500)])
+    left, top, right, bottom = boxes.T
+    w, h = right - left, bottom - top
+    assert left.min() >= 0 and top.min() >= 0 and right.max() <= 256 and bottom.max() <= 250
+    area, ratio = w * h / (256 * 250), w / h
+    assert 0.19 < area.min() < 0.23 and area.max() > 0.9
+    assert 0.73 < ratio.min() < 0.78 and 1.28 < ratio.max() < 1.36
+    across, down = left / (257 - w), top / (251 - h)
+    assert abs(across.mean() - 0.5) < 0.1 and abs(down.mean() - 0.5) < 0.1
+    assert abs(np.corrcoef(across, down)[0, 1]) < 0.2
+    assert images.random_box(900, 10, rng) == (0, 0, 900, 10)
+
+
+def test_a_crop_shows_its_box_and_half_of_them_are_mirrored():
+    """Red is x and green is y: a crop's mean colour is the middle of its box."""
+    y, x = np.mgrid[:250, :256].astype(np.uint8)
+    colour = Image.fromarray(np.stack([x, y, 0 * x], 2))
+    mirrored = 0
+    for seed in range(100):
+        left, top, right, bottom = images.random_box(256, 250, np.random.default_rng(seed))
+        crop = np.asarray(images.random_crop(colour, 32, np.random.default_rng(seed)))
+        assert abs(crop[..., 0].mean() - (left + right - 1) / 2) < 1 and abs(crop[..., 1].mean() - (top + bottom - 1) / 2) < 1
+        red = images.train_transform(colour, 32, np.random.default_rng(seed))[0].astype(int)
+        mirrored += red[:, 8].sum() > red[:, 24].sum()
+    assert 35 < mirrored < 65
+
+
+def test_a_large_jpeg_is_decoded_small_but_never_smaller_than_it_is_shown(photo):
+    out = io.BytesIO()
+    photo.resize((8, 6)).resize((1600, 1200)).save(out, "JPEG", quality=95)
+    smaller = 0
+    for seed in range(9):
+        lazy, whole = Image.open(out), Image.open(out)
+        whole.load()                                                         # cannot be decoded small any more
+        x, y = (np.asarray(images.random_crop(image, 200, np.random.default_rng(seed))).astype(int)
+                for image in (lazy, whole))
+        left, top, right, bottom = images.random_box(1600, 1200, np.random.default_rng(seed))
+        assert min(right - left, bottom - top) * lazy.width / 1600 >= 199.5
+        smaller += lazy.width < 1600
+        assert abs(x - y).mean() < 4
+    assert smaller > 3
+
+
+def test_randaugment_has_the_ten_published_operations(photo):
+    """At level 7 of 10: rotation by 21 degrees, brightness and sharpness 1.36, shears 0.21, shifts of 7 pixels."""
+    small = photo.resize((96, 96))
+    grey = (128, 128, 128)
+    pixels = np.asarray(small).astype(int)
+
+    def seen(name, magnitude=0.7):
+        return np.asarray(images.AUGMENT[name](small, magnitude)).astype(int)
+
+    assert list(images.AUGMENT) == ["identity", "autocontrast", "equalize", "rotate", "brightness", "sharpness",
+                                    "shear_x", "shear_y", "shift_x", "shift_y"]
+    assert np.array_equal(seen("identity"), pixels)
+    low, high = pixels.min((0, 1)), pixels.max((0, 1))
+    assert abs(seen("autocontrast") - (pixels - low) * 255 / (high - low)).max() <= 1
+    counts = [np.histogram(seen("equalize")[..., c], 8, (0, 256))[0] for c in range(3)]
+    assert np.abs(np.array(counts) / (96 * 96) - 1 / 8).max() < 0.02
+    turned = small.transform((96, 96), Image.Transform.AFFINE, rotation(21), Image.Resampling.BILINEAR, fillcolor=grey)
+    assert (abs(seen("rotate") - np.asarray(turned).astype(int)) > 2).mean() < 0.01
+    assert abs(seen("brightness") - (pixels * 1.36).clip(0, 255)).max() <= 1
+    assert np.array_equal(seen("brightness", -0.7), seen("brightness"))
+    assert np.array_equal(seen("sharpness"), np.asarray(ImageEnhance.Sharpness(small).enhance(1.36)))
+    for sign in (1, -1):
+        assert np.array_equal(seen("shift_x", 0.7 * sign), np.asarray(shifted(pixels, 7 * sign, 1)))
+        assert np.array_equal(seen("shift_y", 0.7 * sign), np.asarray(shifted(pixels, 7 * sign, 0)))
+    moved = (pixels[50, 30] + pixels[50, 31]) / 2                            # (20, 50) comes from 20 + 0.21 * 50 = 30.5
+    assert abs(seen("shear_x")[50, 20] - moved).max() < 6 and (seen("shear_x")[80:, -1] == 128).all()
+    moved = (pixels[30, 50] + pixels[31, 50]) / 2
+    assert abs(seen("shear_y")[20, 50] - moved).max() < 6 and (seen("shear_y")[-1, 80:] == 128).all()
+
+
+def rotation(degrees):
+    """About the middle of 96 x 96 pixels, anticlockwise, as the map from output to input."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return c, -s, 48 - c * 48 + s * 48, s, c, 48 - s * 48 - c * 48
+
+
+def shifted(pixels, by, axis):
+    moved = np.roll(pixels, by, axis)
+    index = [slice(None)] * 3
+    index[axis] = slice(0, by) if by > 0 else slice(by, None)
+    moved[tuple(index)] = 128
+    return moved
+
+
+def test_randaugment_applies_each_of_two_operations_half_of_the_time(photo):
+    small = photo.resize((32, 32))
+    same = sum(images.rand_augment(small, np.random.default_rng(seed)) is small for seed in range(400))
+    assert abs(same / 400 - 0.55 ** 2) < 0.07                                # not applied, or the identity
+
+
+def test_sixteen_bits_of_grey_are_scaled(tmp_path):
+    Image.new("I;16", (1, 1), 1 << 15).save(tmp_path / "x.png")
+    for image in (Image.open(tmp_path / "x.png"), images.open_image(tmp_path / "x.png")):
+        assert images.rgb(image).getpixel((0, 0)) == (128, 128, 128)
