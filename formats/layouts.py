@@ -444,8 +444,8 @@ def adapt_to_model(source, model, allow=()):
         if theirs != own[name].shape:
             raise ValueError(f"{source.title} does not fit this model: {name} is {theirs} there, "
                              f"{tuple(own[name].shape)} here")
-    # Tensors of ours that no file has: expected (source.new), allowed, of a part that none holds, or
-    # lost.
+    # Tensors of ours that no file has: expected (source.new), allowed, of a part that none holds,
+    # or lost.
     allowed = dict.fromkeys(allow, "named by --allow_missing")
     held = set(map(part_of, source.weights)) | set(source.parts)
     missing = {}
