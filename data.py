@@ -27,9 +27,8 @@ import numpy as np
 import sentencepiece
 import torch
 
-from demo import emoji
+from demo.datasets import DemoImages, DemoParallel, training_texts
 from formats import doctor
-from formats.images import eval_transform
 from formats.records import TOLERATED, BadRecord, reason
 from formats.sources import ImageFiles, PairFiles, parse_all
 
@@ -93,18 +92,9 @@ def train_tokenizer(texts, vocabulary):
     return Tokenizer(out.getvalue())
 
 
-def demo_texts():
-    """Names and keywords of the training concepts in the 21 training languages."""
-    for concept in emoji.concepts().values():
-        if concept["split"] == "train":
-            for language in emoji.languages("seen") + emoji.languages("text_only"):
-                yield concept["name"][language]
-                yield from concept["kw"].get(language, [])
-
-
 @functools.cache
 def demo_tokenizer(vocabulary=8000):
-    return train_tokenizer(demo_texts(), vocabulary)
+    return train_tokenizer(training_texts(), vocabulary)
 
 
 def mask_tokens(ids, rng, tokenizer, probability=0.4, most=20):
@@ -219,73 +209,6 @@ class Mixture:
         cycles, slot = divmod(position, len(self.cycle))
         k, i = self.cycle[slot]
         return cycles * self.counts[k] + i, self.starts[k], len(self.datasets[k])
-
-
-# --------------------------------------------------------------------------------------------------
-# The demo's two streams
-# --------------------------------------------------------------------------------------------------
-
-class DemoImages:
-    """Drawings with a caption each. Index i < concepts: that concept alone, so that an epoch names
-    each once; else a new scene of two to four. size: pixels a side."""
-
-    def __init__(self, languages=None, scenes=0.25, keywords=0.1, size=emoji.SIZE):
-        self.drawings = emoji.training_drawings()
-        self.concepts = list(self.drawings)
-        self.languages = languages or emoji.languages("seen")
-        self.length = len(self.concepts) + round(scenes * len(self.concepts))
-        self.keywords = keywords
-        self.size = size
-
-    def __len__(self):
-        return self.length
-
-    def choose(self, index, rng):
-        """Concept numbers of example `index`."""
-        if index < len(self.concepts):
-            return [index]
-        count = int(rng.integers(2, 5))
-        return rng.choice(len(self.concepts), count, replace=False).tolist()
-
-    def __getitem__(self, key):
-        """(index, rng) -> image (3, size, size) uint8, caption, id."""
-        index, rng = key
-        chosen = self.choose(index, rng)
-        names = [self.concepts[i] for i in chosen]
-        language = self.languages[rng.integers(len(self.languages))]
-        drawings = [self.drawings[name] for name in names]
-        image = emoji.draw([styles[rng.integers(len(styles))] for styles in drawings], rng)
-        if len(names) == 1 and rng.random() < self.keywords:
-            text = emoji.keywords(names[0], language, rng)
-        else:
-            text = emoji.caption(names, language)
-        return eval_transform(image, self.size), text, concept_id(chosen)
-
-
-class DemoParallel(DemoImages):
-    """The same, named in one language that has images and in one that has none."""
-
-    def __init__(self, languages=None, others=None, scenes=0.2):
-        super().__init__(languages, scenes)
-        self.others = others or emoji.languages("text_only")
-
-    def __getitem__(self, key):
-        """(index, rng) -> sentence a, sentence b, id. Which is a and which is b is random."""
-        index, rng = key
-        chosen = self.choose(index, rng)
-        names = [self.concepts[i] for i in chosen]
-        pair = [emoji.caption(names, group[rng.integers(len(group))])
-                for group in (self.languages, self.others)]
-        a, b = rng.permutation(2)
-        return pair[a], pair[b], concept_id(chosen)
-
-
-def concept_id(chosen):
-    """One int64 for a list of at most four concept numbers under 999, equal for equal lists."""
-    number = 0
-    for i in chosen:
-        number = number * 1000 + i + 1
-    return number
 
 
 # --------------------------------------------------------------------------------------------------
@@ -416,23 +339,15 @@ def load_tokenizer(path):
         raise ValueError(f"{path} is not a tokenizer ({reason(error)}): take {advice}") from None
 
 
-def mixed(arguments, dataset_of):
-    """The files of a command line -> their dataset. dataset_of: sources -> dataset."""
+def files(kind, arguments, *options):
+    """ImageFiles or PairFiles of some arguments; where these have weights, a Mixture of them."""
     sources = parse_all(arguments)
     weights = [source.weight for source in sources if source.weight]
     if not weights:
-        return dataset_of(sources)
+        return kind(sources, *options)
     if len(weights) < len(sources):
         raise ValueError("give every source a weight (FILE=0.7) or none")
-    return Mixture([dataset_of([source]) for source in sources], weights)
-
-
-def image_files(arguments, size, languages=(), cache=None, root=None):
-    return mixed(arguments, lambda some: ImageFiles(some, size, languages, cache, root))
-
-
-def pair_files(arguments, languages=(), cache=None):
-    return mixed(arguments, lambda some: PairFiles(some, languages, cache))
+    return Mixture([kind([source], *options) for source in sources], weights)
 
 
 def streams(args, size):
@@ -440,12 +355,13 @@ def streams(args, size):
     if args.images in (None, ["demo"]):
         images = DemoImages(scenes=args.scenes, keywords=args.keywords, size=size)
     else:
-        images = image_files(args.images, size, args.languages, args.cache, args.image_root)
+        images = files(ImageFiles, args.images, size, args.languages, args.cache,
+                       args.image_root)
     texts = None
     if args.parallel_text and (args.texts == ["demo"] or not args.images):
         texts = DemoParallel(scenes=args.text_scenes)
     elif args.parallel_text and args.texts:
-        texts = pair_files(args.texts, args.languages, args.cache)
+        texts = files(PairFiles, args.texts, args.languages, args.cache)
     return images, texts
 
 

@@ -32,10 +32,6 @@ CELLS = {1: [(32, 32, 64)],                     # of 1 to 4 drawings: centre x, 
          4: [(16, 16, 32), (48, 16, 32), (16, 48, 32), (48, 48, 32)]}
 
 
-# --------------------------------------------------------------------------------------------------
-# Load
-# --------------------------------------------------------------------------------------------------
-
 @functools.cache
 def meta():
     return json.loads((HERE / "meta.json").read_text(encoding="utf-8"))
@@ -192,17 +188,17 @@ def change_colours(image, rng, jitter):
 
 def drawings_of(name):
     """The pictures of a split: [['vendor/id', ...], ...]."""
+    part = name.split("_")[0]
     held_out = meta()["test_vendor"]
     if name == "val":
         return [[drawing] for drawing in splits()["val"]]
-    if name == "val_concept":
-        return [[f"noto/{i}"] for i, c in concepts().items() if c["split"] == "val"]
+    if name in ("val_concept", "test_concept"):
+        vendor = "noto" if name == "val_concept" else held_out
+        return [[f"{vendor}/{i}"] for i, c in concepts().items() if c["split"] == part]
     if name == "test_style":
         return [[f"{held_out}/{i}"] for i in training_drawings()]
-    if name == "test_concept":
-        return [[f"{held_out}/{i}"] for i, c in concepts().items() if c["split"] == "test"]
     if name in ("val_scenes", "test_scenes"):
-        return [scene["sprites"] for scene in splits()["scenes"][name.split("_")[0]]]
+        return [scene["sprites"] for scene in splits()["scenes"][part]]
     raise ValueError(f"demo:{name} is not a split of the demo: choose val, val_scenes, "
                      f"val_concept, test_style, test_concept, test_scenes")
 
