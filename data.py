@@ -3,13 +3,11 @@
     image-text       {"images" (B, 3, s, s) uint8, "b": Sentences, "masked": Masked, "ids" (B,)}
     parallel text    {"a": Sentences, "b": Sentences, "masked": Masked, "ids" (B,)}
 
-Sentences are packed: token_ids (T,) and starts (B+1,); sentence i is token_ids[starts[i]:starts[i+1]].
-Masked is b with some tokens masked: token_ids (T,), the masked positions (M,) and their labels (M,).
-
-Example i of process r in step s has the position s * N + r * B + i in an endless sequence, and
-everything about it (record, language, role, augmentation, masking) is a function of the seed and of
-this position. So the data are the same at any number of processes and workers and after a resume:
-there is no state to save.
+Sentences are packed: sentence i is token_ids[starts[i]:starts[i+1]]. Masked is b with some tokens
+masked. Example i of process r in step s has the position s * N + r * B + i in an endless sequence,
+and everything about it (record, language, role, augmentation, masking) is a function of seed and
+position. So the data are the same at any number of processes and workers and after a resume: there
+is no state to save.
 
 Letters: B examples per process, W processes, N = W*B, T tokens, M masked tokens, s pixels a side.
 
@@ -30,9 +28,8 @@ import numpy as np
 import sentencepiece
 import torch
 
-from demo import emoji
+from demo.datasets import DemoImages, DemoParallel, training_texts
 from formats import doctor
-from formats.images import eval_transform
 from formats.records import TOLERATED, BadRecord, reason
 from formats.sources import ImageFiles, PairFiles, parse_all
 
@@ -49,17 +46,17 @@ def fail(error):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizer
+# Tokenizer and masking
 # --------------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """sentencepiece with XLM-R's ids: <s> 0, <pad> 1, </s> 2, <unk> 3, piece p -> p + 1, <mask> last."""
+    """sentencepiece with XLM-R's ids: the four above, piece p -> p + 1, <mask> last."""
 
     def __init__(self, model):
         """model: the bytes of a sentencepiece model (XLM-R's own sentencepiece.bpe.model works)."""
         if not model:
-            raise ValueError("no tokenizer: its sentencepiece.bpe.model must lie beside the weights "
-                             "when they are imported")
+            raise ValueError("no tokenizer: its sentencepiece.bpe.model must lie beside the "
+                             "weights when they are imported")
         self.model = model
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -96,23 +93,10 @@ def train_tokenizer(texts, vocabulary):
     return Tokenizer(out.getvalue())
 
 
-def demo_texts():
-    """Names and keywords of the training concepts in the 21 training languages."""
-    for concept in emoji.concepts().values():
-        if concept["split"] == "train":
-            for language in emoji.languages("seen") + emoji.languages("text_only"):
-                yield concept["name"][language]
-                yield from concept["kw"].get(language, [])
-
-
 @functools.cache
 def demo_tokenizer(vocabulary=8000):
-    return train_tokenizer(demo_texts(), vocabulary)
+    return train_tokenizer(training_texts(), vocabulary)
 
-
-# --------------------------------------------------------------------------------------------------
-# Masking
-# --------------------------------------------------------------------------------------------------
 
 def mask_tokens(ids, rng, tokenizer, probability=0.4, most=20):
     """ids (a list) -> (masked ids, masked positions in ascending order).
@@ -124,8 +108,7 @@ def mask_tokens(ids, rng, tokenizer, probability=0.4, most=20):
     count = min(most, max(1, round(len(ids) * probability)), len(candidates))
 
     # Spans begin at candidates in random order, until enough positions are chosen.
-    allowed = set(candidates)
-    chosen = set()
+    allowed, chosen = set(candidates), set()
     for start in rng.permutation(candidates):
         if len(chosen) >= count:
             break
@@ -151,7 +134,7 @@ def mask_tokens(ids, rng, tokenizer, probability=0.4, most=20):
 
 GOLDEN = 0x9E3779B1                             # a prime near 2^32 / golden ratio (Knuth's hash)
 MURMUR = 0x85EBCA6B                             # a multiplier of MurmurHash3's last step
-BITS_32 = 0xFFFFFFFF
+BITS_32 = 0xFFFFFFFF                            # keeps the lower 32 bits of a number
 
 
 def generator(*key):
@@ -168,32 +151,26 @@ def scramble(number):
 
 
 def shuffled(index, n, *key):
-    """Where `index` of 0..n-1 goes in the permutation of 0..n-1 that belongs to `key`.
-
-    A list of n shuffled numbers would cost memory and time in every worker; this costs neither. It
-    is a Feistel network (Luby and Rackoff 1988, "How to construct pseudorandom permutations from
-    pseudorandom functions") with cycle-walking (Black and Rogaway 2002, "Ciphers with arbitrary
-    finite domains")."""
+    """Where `index` goes in the permutation of 0..n-1 that belongs to `key`, without a list of n
+    numbers: a Feistel network (Luby and Rackoff 1988, "How to construct pseudorandom permutations
+    from pseudorandom functions") with cycle-walking (Black and Rogaway 2002, "Ciphers with
+    arbitrary finite domains")."""
     # The network permutes numbers of 2 * half bits: the fewest that hold n - 1.
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     low_bits = (1 << half) - 1
     round_keys = np.random.SeedSequence(key).generate_state(4).tolist()
     while True:
-        # A number is two halves. One round: (left, right) -> (right, left xor f(right)). It can be
-        # undone whatever f is, as right is still there, so no two numbers become one. Four rounds:
-        # after one or two a half of the output still shows the input; four are what Luby and
-        # Rackoff need for a permutation that looks random in both directions.
-        left = index >> half
-        right = index & low_bits
+        # One round: (left, right) -> (right, left xor f(right)). It can be undone whatever f is, as
+        # right is still there: no two numbers become one. Four rounds are what Luby and Rackoff
+        # need for a permutation that looks random in both directions.
+        left, right = index >> half, index & low_bits
         for round_key in round_keys:
-            mixed = left ^ (scramble(right + round_key) & low_bits)
-            left = right
-            right = mixed
+            left, right = right, left ^ (scramble(right + round_key) & low_bits)
         index = (left << half) | right
 
-        # There are up to 4 n numbers of 2 * half bits. One outside 0..n-1 is permuted again until
-        # it falls inside. This walks along a cycle of the permutation that began inside, so it
-        # ends, and two indices never end at one place.
+        # There are up to 4 n such numbers. One outside 0..n-1 is permuted again until it falls
+        # inside: this follows a cycle of the permutation that began inside, so it ends, and two
+        # indices never end at one place.
         if index < n:
             return index
 
@@ -213,10 +190,8 @@ class Mixture:
         self.starts = np.cumsum([0] + [len(dataset) for dataset in datasets]).tolist()
 
         # The order of the datasets repeats after about 1,000 positions. Dataset k has counts[k] of
-        # them: its slot i lies at (i + 1/2) / counts[k] of the cycle, so its slots are evenly
-        # spaced, and sorting all slots by their place gives the cycle.
-        total = sum(weights)
-        self.counts = [max(1, round(1000 * weight / total)) for weight in weights]
+        # them, evenly spaced: number i stands at (i + 1/2) / counts[k] of the cycle.
+        self.counts = [max(1, round(1000 * weight / sum(weights))) for weight in weights]
         slots = [((i + 0.5) / count, k, i) for k, count in enumerate(self.counts)
                  for i in range(count)]
         self.cycle = [(k, i) for _, k, i in sorted(slots)]
@@ -230,80 +205,11 @@ class Mixture:
         return self.datasets[k][index - self.starts[k], rng]
 
     def locate(self, position):
-        """A position in the stream -> (position in the endless sequence of one dataset, index of
-        the first record of this dataset, how many records it has)."""
+        """A position -> (position in the endless sequence of one dataset, its first index, its
+        number of records)."""
         cycles, slot = divmod(position, len(self.cycle))
         k, i = self.cycle[slot]
         return cycles * self.counts[k] + i, self.starts[k], len(self.datasets[k])
-
-
-# --------------------------------------------------------------------------------------------------
-# The demo's two streams
-# --------------------------------------------------------------------------------------------------
-
-class DemoImages:
-    """Drawings of the demo with a caption each. Index i < concepts: that concept alone, so that an
-    epoch names each once (two drawings of one concept would be each other's hard negatives); else
-    a new scene of two to four. size: pixels a side; the drawings have 64."""
-
-    def __init__(self, languages=None, scenes=0.25, keywords=0.1, size=emoji.SIZE):
-        self.drawings = emoji.training_drawings()
-        self.concepts = list(self.drawings)
-        self.languages = languages or emoji.languages("seen")
-        self.length = len(self.concepts) + round(scenes * len(self.concepts))
-        self.keywords = keywords
-        self.size = size
-
-    def __len__(self):
-        return self.length
-
-    def choose(self, index, rng):
-        """Concept numbers of example `index`."""
-        if index < len(self.concepts):
-            return [index]
-        count = int(rng.integers(2, 5))
-        return rng.choice(len(self.concepts), count, replace=False).tolist()
-
-    def __getitem__(self, key):
-        """(index, rng) -> image (3, size, size) uint8, caption, id."""
-        index, rng = key
-        chosen = self.choose(index, rng)
-        names = [self.concepts[i] for i in chosen]
-        language = self.languages[rng.integers(len(self.languages))]
-        drawings = [self.drawings[name] for name in names]
-        image = emoji.draw([styles[rng.integers(len(styles))] for styles in drawings], rng)
-        if len(names) == 1 and rng.random() < self.keywords:
-            text = emoji.keywords(names[0], language, rng)
-        else:
-            text = emoji.caption(names, language)
-        return eval_transform(image, self.size), text, concept_id(chosen)
-
-
-class DemoParallel(DemoImages):
-    """The same concepts and scenes, named in one language that has images and in one that has none,
-    as the paper pairs English with another language."""
-
-    def __init__(self, languages=None, others=None, scenes=0.2):
-        super().__init__(languages, scenes)
-        self.others = others or emoji.languages("text_only")
-
-    def __getitem__(self, key):
-        """(index, rng) -> sentence a, sentence b, id. Which is a and which is b is random."""
-        index, rng = key
-        chosen = self.choose(index, rng)
-        names = [self.concepts[i] for i in chosen]
-        pair = [emoji.caption(names, group[rng.integers(len(group))])
-                for group in (self.languages, self.others)]
-        a, b = rng.permutation(2)
-        return pair[a], pair[b], concept_id(chosen)
-
-
-def concept_id(chosen):
-    """One int64 for a list of at most four concept numbers under 999, equal for equal lists."""
-    number = 0
-    for i in chosen:
-        number = number * 1000 + i + 1
-    return number
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,18 +246,14 @@ def pack(sentences):
 
 def mask_sentences(sentences, rngs, tokenizer, stream):
     """Lists of ids -> Masked."""
-    token_ids = []
-    positions = []
-    labels = []
+    token_ids, positions, labels = [], [], []
     for ids, rng in zip(sentences, rngs):
         masked_ids, masked = mask_tokens(ids, rng, tokenizer, stream.mask_probability,
                                          stream.most_masked)
         positions += [len(token_ids) + i for i in masked]       # rows of the packed matrix
         labels += [ids[i] for i in masked]
         token_ids += masked_ids
-    return Masked(torch.tensor(token_ids, dtype=torch.int64),
-                  torch.tensor(positions, dtype=torch.int64),
-                  torch.tensor(labels, dtype=torch.int64))
+    return Masked(*(torch.tensor(x, dtype=torch.int64) for x in (token_ids, positions, labels)))
 
 
 class Batches(torch.utils.data.Dataset):
@@ -359,16 +261,13 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, tokenizer, image_stream, text_stream, seed, rank=0, world=1):
         """image_stream, text_stream: a Stream or None."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.seed, self.rank, self.world = tokenizer, seed, rank, world
         self.streams = [image_stream, text_stream]
-        self.seed = seed
-        self.rank = rank
-        self.world = world
         self.last_good = [None, None]           # of each stream; see read_or_replace
 
     def __getitem__(self, step):
-        """-> [image-text batch or None, parallel batch or None, stats for the log]. stats: {"bad_records":
-        ["" for a good record, why for a bad one, in the order of reading], "cut": sentences cut}."""
+        """-> [image-text batch or None, parallel batch or None, stats for the log]. stats:
+        {"bad_records": ["" for a good record, why a bad one is bad], "cut": sentences cut}."""
         stats = {"bad_records": [], "cut": 0}
         batches = [stream and self.batch(step, number, stats)
                    for number, stream in enumerate(self.streams)]
@@ -404,9 +303,9 @@ class Batches(torch.utils.data.Dataset):
         return number, epoch, first + index
 
     def read_or_replace(self, key, bad_records):
-        """-> (a, b, id, the example's generator). A bad record is replaced by the next good one: B
-        never changes. After more bad ones in a row than stop a run (BadRecords), the last good one
-        is repeated: this batch is never trained on."""
+        """-> (a, b, id, the example's generator). The next good record replaces a bad one: B never
+        changes. After as many bad ones as stop a run the last good one is repeated: this batch is
+        never trained on."""
         number, _, index = key
         dataset = self.streams[number].dataset
         for i in range(index, index + TOLERATED + 1):
@@ -420,8 +319,8 @@ class Batches(torch.utils.data.Dataset):
             self.last_good[number] = record
             return *record, rng
         if self.last_good[number] is None:
-            raise ValueError(f"the first {TOLERATED + 1} records were bad, the last: {bad_records[-1]}; "
-                             f"`python data.py FILES` names them all")
+            raise ValueError(f"the first {TOLERATED + 1} records were bad, the last: "
+                             f"{bad_records[-1]}; `python data.py FILES` names them all")
         return *self.last_good[number], rng
 
     def encode(self, texts, longest, stats):
@@ -432,37 +331,28 @@ class Batches(torch.utils.data.Dataset):
 
 
 # --------------------------------------------------------------------------------------------------
-# What train.py asks for
+# What train.py asks for, and the commands
 # --------------------------------------------------------------------------------------------------
 
 def load_tokenizer(path):
+    advice = "XLM-R's sentencepiece.bpe.model, or one made by python data.py tokenizer"
     if not path:
-        raise ValueError("your own data need --tokenizer FILE: XLM-R's sentencepiece.bpe.model, or one "
-                         "made by `python data.py tokenizer --texts FILES --out spm.model`")
+        raise ValueError(f"your own data need --tokenizer FILE: {advice}")
     try:
         return Tokenizer(pathlib.Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a tokenizer ({reason(error)}): take XLM-R's "
-                         f"sentencepiece.bpe.model, or make one with python data.py tokenizer") from None
+        raise ValueError(f"{path} is not a tokenizer ({reason(error)}): take {advice}") from None
 
 
-def mixed(arguments, dataset_of):
-    """The files of a command line -> their dataset. dataset_of: sources -> dataset."""
+def files(kind, arguments, *options):
+    """ImageFiles or PairFiles of some arguments; where these have weights, a Mixture of them."""
     sources = parse_all(arguments)
     weights = [source.weight for source in sources if source.weight]
     if not weights:
-        return dataset_of(sources)
+        return kind(sources, *options)
     if len(weights) < len(sources):
         raise ValueError("give every source a weight (FILE=0.7) or none")
-    return Mixture([dataset_of([source]) for source in sources], weights)
-
-
-def image_files(arguments, size, languages=(), cache=None, root=None):
-    return mixed(arguments, lambda some: ImageFiles(some, size, languages, cache, root))
-
-
-def pair_files(arguments, languages=(), cache=None):
-    return mixed(arguments, lambda some: PairFiles(some, languages, cache))
+    return Mixture([kind([source], *options) for source in sources], weights)
 
 
 class HeldOut:
@@ -492,28 +382,26 @@ class HeldOut:
 
 
 def streams(args, size):
-    """Settings of train.py -> (dataset of images with captions, dataset of parallel text or None)."""
+    """Settings of train.py -> (dataset of images, dataset of parallel text or None)."""
     if args.images in (None, ["demo"]):
         images = DemoImages(scenes=args.scenes, keywords=args.keywords, size=size)
     else:
-        images = image_files(args.images, size, args.languages, args.cache, args.image_root)
-    if not args.parallel_text:
-        return images, None
-    if args.texts == ["demo"] or not args.images:
-        return images, DemoParallel(scenes=args.text_scenes)
-    if args.texts:
-        return images, pair_files(args.texts, args.languages, args.cache)
-    return images, None
+        images = files(ImageFiles, args.images, size, args.languages, args.cache,
+                       args.image_root)
+    texts = None
+    if args.parallel_text and (args.texts == ["demo"] or not args.images):
+        texts = DemoParallel(scenes=args.text_scenes)
+    elif args.parallel_text and args.texts:
+        texts = files(PairFiles, args.texts, args.languages, args.cache)
+    return images, texts
 
-
-# --------------------------------------------------------------------------------------------------
-# Commands
-# --------------------------------------------------------------------------------------------------
 
 def arguments_parser(name):
-    return argparse.ArgumentParser(name, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                   description=doctor.__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(name, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     description=doctor.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", help="folder for the indices (default: beside the data)")
+    return parser
 
 
 def tokenizer_command(words):
@@ -522,7 +410,6 @@ def tokenizer_command(words):
     parser.add_argument("--texts", nargs="+", required=True, help="sources of any kind")
     parser.add_argument("--vocab", type=int, default=8000, help="pieces (default: 8000)")
     parser.add_argument("--out", default="spm.model", help="file (default: spm.model)")
-    parser.add_argument("--cache", help="folder for the indices (default: beside the data)")
     args = parser.parse_args(words)
     try:
         made = train_tokenizer(doctor.every_text(args.texts, args.cache), args.vocab)
@@ -542,22 +429,19 @@ def doctor_command(words):
     parser.add_argument("paths", nargs="+", metavar="PATH", help="sources")
     parser.add_argument("--tokenizer", help="sentencepiece model, to count tokens (default: None)")
     parser.add_argument("--longest", type=int, default=64,
-                        help="tokens of a sentence in training: how many are cut? (default: 64)")
-    parser.add_argument("--image_root", help="folder of images named by JSON lines "
-                                             "(default: that of the file)")
-    parser.add_argument("--cache", help="folder for the indices (default: beside the data)")
+                        help="tokens of a sentence that training reads (default: 64)")
+    parser.add_argument("--image_root", help="folder of the images that JSON lines name")
     args = parser.parse_args(words)
     encode = load_tokenizer(args.tokenizer).encode if args.tokenizer else None
     return doctor.doctor(args.paths, encode, args.longest, args.cache, args.image_root)
 
 
 def main(argv=None):
-    """The command line -> exit status: 0, 1 when a record is broken, 2 after one line on a mistake."""
+    """The command line -> exit status: 0, 1 for broken records, 2 after one line on a mistake."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        if words[:1] == ["tokenizer"]:
-            return tokenizer_command(words[1:])
-        return doctor_command(words)
+        tokenizer = words[:1] == ["tokenizer"]
+        return tokenizer_command(words[1:]) if tokenizer else doctor_command(words)
     except (ValueError, OSError) as error:
         return fail(error)
 

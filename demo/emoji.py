@@ -1,15 +1,16 @@
-"""The built-in data: 514 emoji, drawn by six vendors and named by people in 25 languages (Unicode CLDR). See LICENSES.
+"""The built-in data: 514 emoji, drawn by six vendors and named by people in 25 languages (Unicode
+CLDR). See LICENSES.
 
     seen with images         en de fr cs ja zh
     only in parallel text    ar bg bn da el es et id ko pt ru sw ta tr vi
     never in training        hi it nl uk
-    training styles          noto, noto-v1, fluent-flat, emojione, fxemoji          held-out style: twemoji
+    training styles          noto, noto-v1, fluent-flat, emojione, fxemoji; held out: twemoji
 
-One drawing is 64 x 64 pixels. A scene has two to four of them and is captioned with the language's own list pattern
-("fireworks, helmet, and old man"), so no sentence here was written by us.
+One drawing is 64 x 64 pixels. A scene has two to four of them and is captioned with the language's
+own list pattern ("fireworks, helmet, and old man"), so no sentence here was written by us.
 
-    python -m demo.emoji            draws the first training examples to emoji.png and prints their captions
-    python -m demo.emoji DIR        writes the drawings of test_style there, one file each: something to search in
+    python -m demo.emoji        draws training examples to emoji.png and prints their captions
+    python -m demo.emoji DIR    writes the drawings of test_style there: something to search in
 """
 import functools
 import gzip
@@ -24,14 +25,12 @@ import numpy as np
 from PIL import Image
 
 HERE = pathlib.Path(__file__).parent
-SIZE = 64                                                                    # pixels
-CELLS = {1: [(32, 32, 64)], 2: [(16, 32, 32), (48, 32, 32)], 3: [(16, 16, 32), (48, 16, 32), (32, 48, 32)],
-         4: [(16, 16, 32), (48, 16, 32), (16, 48, 32), (48, 48, 32)]}        # centre x, y and width of each drawing
+SIZE = 64                                       # pixels a side
+CELLS = {1: [(32, 32, 64)],                     # of 1 to 4 drawings: centre x, centre y, width
+         2: [(16, 32, 32), (48, 32, 32)],
+         3: [(16, 16, 32), (48, 16, 32), (32, 48, 32)],
+         4: [(16, 16, 32), (48, 16, 32), (16, 48, 32), (48, 48, 32)]}
 
-
-# ------------------------------------------------------------------------------------------------------------------
-# Load
-# ------------------------------------------------------------------------------------------------------------------
 
 @functools.cache
 def meta():
@@ -40,7 +39,7 @@ def meta():
 
 @functools.cache
 def concepts():
-    """{id: {"name": {language: str}, "kw": {language: [str]}, "split": str, ...}}, in a fixed order."""
+    """{id: {"name": {language: str}, "kw": {language: [str]}, "split": str}}, in a fixed order."""
     with gzip.open(HERE / "concepts.jsonl.gz", "rt", encoding="utf-8") as lines:
         return {c["id"]: c for c in map(json.loads, lines)}
 
@@ -74,20 +73,30 @@ def training_drawings():
 
 def languages(group):
     """Language codes of a group: 'seen', 'text_only' or 'never'."""
-    return meta()[{"seen": "image_langs", "text_only": "text_langs", "never": "never_langs"}[group]]
+    keys = {"seen": "image_langs", "text_only": "text_langs", "never": "never_langs"}
+    return meta()[keys[group]]
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Captions
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def join(names, language):
-    """['a', 'b', 'c'] -> 'a, b, and c' with the CLDR list pattern of the language."""
-    pattern, text = meta()["list_patterns"][language], names[-1]
-    for i in range(len(names) - 2, -1, -1):
-        key = "2" if len(names) == 2 else "end" if i == len(names) - 2 else "start" if i == 0 else "middle"
-        head, tail = pattern[key].split("{0}")[1].split("{1}")
-        text = names[i] + head + text + tail
+    """['a', 'b', 'c'] -> 'a, b, and c' with the CLDR list pattern of the language.
+
+    A pattern is like '{0}, and {1}': "2" for lists of two names; for longer ones "end" joins the
+    last two, then "middle" puts one name after another before them, "start" the first."""
+    patterns = meta()["list_patterns"][language]
+    text = names[-1]
+    for i in range(len(names) - 2, -1, -1):     # from the last name to the first
+        if len(names) == 2:
+            key = "2"
+        elif i == len(names) - 2:
+            key = "end"
+        else:
+            key = "start" if i == 0 else "middle"
+        between, after = patterns[key].split("{0}")[1].split("{1}")
+        text = names[i] + between + text + after
     return text
 
 
@@ -96,102 +105,143 @@ def caption(ids, language):
 
 
 def keywords(i, language, rng):
-    """Up to four of a concept's keywords, joined: a second kind of caption. The name where there are fewer than two."""
+    """Up to four of a concept's keywords, joined: a second kind of caption. The name where there
+    are fewer than two."""
     words = concepts()[i]["kw"].get(language, [])
-    return join(list(rng.permutation(words)[:4]), language) if len(words) >= 2 else concepts()[i]["name"][language]
+    if len(words) < 2:
+        return concepts()[i]["name"][language]
+    return join(list(rng.permutation(words)[:4]), language)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-JITTER = {"white": 0.8, "scale": (0.85, 1.08), "turn": 0.12, "stretch": 0.12,       # share, factor, radians, log
-          "shift": 0.06, "hue": 0.15, "saturation": 0.4, "contrast": 0.25,          # cells, radians, log, log
-          "light": 20, "grey": 0.05}                                                # of 255, share
+# How much a training picture varies: shares of white and of grey pictures; turn and hue in radians;
+# shift in cells; scale is a factor; stretch, saturation and contrast are its log; light is of 255.
+JITTER = {"white": 0.8, "grey": 0.05, "scale": (0.85, 1.08), "turn": 0.12, "stretch": 0.12,
+          "shift": 0.06, "hue": 0.15, "saturation": 0.4, "contrast": 0.25, "light": 20}
 
 
 def draw(names, rng=None, jitter=JITTER):
-    """Drawings ['vendor/id', ...] (one to four) -> RGB image. Without rng: upright on white, as in the test sets. With
-    rng: every drawing is shifted, scaled and turned a little, the background may have any colour, and the picture's
-    colours drift. Never mirrored: hands point."""
-    white = rng is None or rng.random() < jitter["white"]
-    canvas = Image.new("RGB", (SIZE, SIZE), (255, 255, 255) if white else tuple(rng.integers(0, 256, 3).tolist()))
+    """Drawings ['vendor/id', ...] (one to four) -> RGB image. Without rng: upright on white, as in
+    the test sets. With rng: every drawing is shifted, scaled and turned a little, the background
+    may have any colour, and the picture's colours change. Never mirrored: hands point."""
+    background = (255, 255, 255)
+    if rng is not None and rng.random() >= jitter["white"]:
+        background = tuple(rng.integers(0, 256, 3).tolist())
+    canvas = Image.new("RGB", (SIZE, SIZE), background)
     for name, (x, y, width) in zip(names, CELLS[len(names)]):
-        scale, turn, stretch = width / SIZE, 0.0, 1.0
+        scale = width / SIZE
+        turn = 0.0
+        stretch = 1.0
         if rng is not None:
             scale *= rng.uniform(*jitter["scale"])
-            turn, stretch = jitter["turn"] * rng.uniform(-1, 1), math.exp(jitter["stretch"] * rng.uniform(-1, 1))
-            x, y = (at + jitter["shift"] * width * rng.uniform(-1, 1) for at in (x, y))
-        drawing = place(sprite(name), x, y, scale, turn, stretch)
-        canvas.paste(drawing, (0, 0), drawing)
-    return canvas if rng is None else drift(canvas, rng, jitter)
+            turn = jitter["turn"] * rng.uniform(-1, 1)
+            stretch = math.exp(jitter["stretch"] * rng.uniform(-1, 1))
+            x = x + jitter["shift"] * width * rng.uniform(-1, 1)
+            y = y + jitter["shift"] * width * rng.uniform(-1, 1)
+        drawing = place(sprite(name), (x, y), scale, turn, stretch)
+        canvas.paste(drawing, (0, 0), drawing)  # its own alpha is the mask
+    return canvas if rng is None else change_colours(canvas, rng, jitter)
 
 
-def place(image, x, y, scale, turn, stretch):
-    """A canvas-sized copy of the drawing, its centre at (x, y). PIL wants the map from output to input pixels."""
-    c, s, half = math.cos(turn) / scale, math.sin(turn) / scale, SIZE / 2
-    a, b, d, e = c * stretch, s * stretch, -s / stretch, c / stretch
-    if scale < 0.7:                                                          # bilinear sampling alone would skip pixels
+def place(image, centre, scale, turn, stretch):
+    """A canvas-sized copy of the drawing at `centre`."""
+    # Pillow wants the map from output to input: (x, y) comes from (a x + b y + c, d x + e y + f).
+    # a, b, d, e turn back and divide by the scale; c and f take the centre to the middle.
+    x, y = centre
+    cos = math.cos(turn) / scale
+    sin = math.sin(turn) / scale
+    a, b = cos * stretch, sin * stretch
+    d, e = -sin / stretch, cos / stretch
+    half = SIZE / 2
+    if scale < 0.7:                             # bilinear sampling alone would skip pixels
         image = image.reduce(2)
         a, b, d, e, half = a / 2, b / 2, d / 2, e / 2, half / 2
-    return image.transform((SIZE, SIZE), Image.Transform.AFFINE,
-                           (a, b, half - a * x - b * y, d, e, half - d * x - e * y), Image.Resampling.BILINEAR)
+    matrix = (a, b, half - a * x - b * y, d, e, half - d * x - e * y)
+    return image.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
-def drift(image, rng, jitter):
-    """Colours after a random turn of the hue, change of saturation and contrast, and a shift of the brightness."""
-    turn, gain = jitter["hue"] * rng.uniform(-1, 1), math.exp(jitter["contrast"] * rng.uniform(-1, 1))
-    vivid = math.exp(jitter["saturation"] * rng.uniform(-1, 1)) * (rng.random() > jitter["grey"])
+def change_colours(image, rng, jitter):
+    """Random hue, saturation, contrast and light: a matrix and an offset for (r, g, b)."""
+    turn = jitter["hue"] * rng.uniform(-1, 1)
+    contrast = math.exp(jitter["contrast"] * rng.uniform(-1, 1))
+    saturation = math.exp(jitter["saturation"] * rng.uniform(-1, 1))
+    saturation = saturation * (rng.random() > jitter["grey"])
+
+    # A colour is its grey part (the mean of r, g, b) and the rest, its chroma. The hue turns about
+    # the axis of greys (1, 1, 1): Rodrigues' formula, where `cross` is the cross product with it.
     grey = np.full((3, 3), 1 / 3)
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    rotate = math.cos(turn) * (np.eye(3) - grey) + math.sin(turn) * cross    # about the grey axis
-    matrix, offset = gain * (grey + vivid * rotate), 128 * (1 - gain) + jitter["light"] * rng.uniform(-1, 1)
+    rotate = math.cos(turn) * (np.eye(3) - grey) + math.sin(turn) * cross
+    matrix = contrast * (grey + saturation * rotate)
+
+    # Contrast is about the middle of 0..255; then all channels get the same light.
+    offset = 128 * (1 - contrast) + jitter["light"] * rng.uniform(-1, 1)
     return image.convert("RGB", tuple(float(v) for row in matrix for v in (*row, offset)))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Splits
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+def drawings_of(name):
+    """The pictures of a split: [['vendor/id', ...], ...]."""
+    part = name.split("_")[0]
+    held_out = meta()["test_vendor"]
+    if name == "val":
+        return [[drawing] for drawing in splits()["val"]]
+    if name in ("val_concept", "test_concept"):
+        vendor = "noto" if name == "val_concept" else held_out
+        return [[f"{vendor}/{i}"] for i, c in concepts().items() if c["split"] == part]
+    if name == "test_style":
+        return [[f"{held_out}/{i}"] for i in training_drawings()]
+    if name in ("val_scenes", "test_scenes"):
+        return [scene["sprites"] for scene in splits()["scenes"][part]]
+    raise ValueError(f"demo:{name} is not a split of the demo: choose val, val_scenes, "
+                     f"val_concept, test_style, test_concept, test_scenes")
+
 
 def split(name):
-    """A fixed set to evaluate on: list of {"image": RGB image, "captions": {language: [text]}, "ids": concept ids} in
-    all 25 languages; scenes also have "false_captions" {language: text}, one object swapped for another of its kind.
-
-        val, val_scenes, val_concept                for every choice
-        test_style      every training concept in the held-out style          test_concept    concepts never trained on
-        test_scenes     unseen combinations of two to four in that style"""
-    test = meta()["test_vendor"]
-    names = {"val": lambda: [[n] for n in splits()["val"]],
-             "val_scenes": lambda: [s["sprites"] for s in splits()["scenes"]["val"]],
-             "val_concept": lambda: [[f"noto/{i}"] for i, c in concepts().items() if c["split"] == "val"],
-             "test_style": lambda: [[f"{test}/{i}"] for i in training_drawings()],
-             "test_concept": lambda: [[f"{test}/{i}"] for i, c in concepts().items() if c["split"] == "test"],
-             "test_scenes": lambda: [s["sprites"] for s in splits()["scenes"]["test"]]}
-    if name not in names:
-        raise ValueError(f"demo:{name} is not a split of the demo: choose {', '.join(names)}")
+    """A fixed set to evaluate on: [{"image": RGB image, "captions": {language: [text]}, "ids":
+    concept ids}] in all 25 languages. Scenes also have "false_captions" {language: text}, where one
+    object is swapped for another of its kind. The val sets are for every choice, the test sets for
+    results: training concepts in the held-out style (test_style), new combinations of two to four
+    of them in this style (test_scenes), and concepts never trained on (test_concept)."""
     everyone = languages("seen") + languages("text_only") + languages("never")
     rows = []
-    for drawings in names[name]():
-        ids = [d.split("/")[1] for d in drawings]
-        rows.append({"image": draw(drawings), "ids": ids, "captions": {k: [caption(ids, k)] for k in everyone}})
+    for drawings in drawings_of(name):
+        ids = [drawing.split("/")[1] for drawing in drawings]
+        captions = {language: [caption(ids, language)] for language in everyone}
+        rows.append({"image": draw(drawings), "ids": ids, "captions": captions})
     if name.endswith("scenes"):
         for row, scene in zip(rows, splits()["scenes"][name.split("_")[0]]):
             row["false_captions"] = {k: caption(scene["false"], k) for k in everyone}
     return rows
 
 
-if __name__ == "__main__":
-    if sys.argv[1:]:
-        folder = pathlib.Path(sys.argv[1])
-        folder.mkdir(parents=True, exist_ok=True)
-        for row in split("test_style"):
-            row["image"].save(folder / (row["captions"]["en"][0].replace(" ", "_").replace("/", "_") + ".png"))
-        sys.exit(print(f"wrote {len(list(folder.iterdir()))} pictures into {folder}"))
-    sheet, ids = Image.new("RGB", (12 * SIZE, 4 * SIZE)), list(training_drawings())
+def write_folder(path):
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in split("test_style"):
+        name = row["captions"]["en"][0].replace(" ", "_").replace("/", "_")
+        row["image"].save(folder / f"{name}.png")
+    print(f"wrote {len(list(folder.iterdir()))} pictures into {folder}")
+
+
+def write_sheet():
+    sheet = Image.new("RGB", (12 * SIZE, 4 * SIZE))
+    ids = list(training_drawings())
     for k in range(48):
         rng = np.random.default_rng(k)
         chosen = [ids[i] for i in rng.choice(len(ids), 1 + k % 4, replace=False)]
-        sheet.paste(draw([rng.choice(training_drawings()[i]) for i in chosen], rng), (k % 12 * SIZE, k // 12 * SIZE))
+        picture = draw([rng.choice(training_drawings()[i]) for i in chosen], rng)
+        sheet.paste(picture, (k % 12 * SIZE, k // 12 * SIZE))
         print(f"{k:3} {caption(chosen, 'en')}  |  {caption(chosen, 'ja')}")
     sheet.save("emoji.png")
     print("wrote emoji.png")
+
+
+if __name__ == "__main__":
+    write_folder(sys.argv[1]) if sys.argv[1:] else write_sheet()

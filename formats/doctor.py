@@ -26,7 +26,7 @@ class Findings:
     def __init__(self, readers, encode=None, longest=64):
         self.readers = readers
         self.pairs = not readers[0].images
-        self.encode = encode or list            # text -> its tokens; without a tokenizer its letters
+        self.encode = encode or list            # text -> tokens; without a tokenizer letters
         self.unit = "tokens" if encode else "characters"
         self.longest = longest
         self.languages = collections.Counter()
@@ -57,7 +57,7 @@ class Findings:
 
     def look_at_image(self, raw):
         with undecoded(raw) as image:
-            image.draft("RGB", (1, 1))          # a JPEG is read to its end, but decoded at 1/8: fast
+            image.draft("RGB", (1, 1))          # a JPEG is read to its end but decoded at 1/8
             image.load()
             self.formats[image.format] += 1
 
@@ -84,7 +84,8 @@ class Findings:
         kind = "parallel text" if self.pairs else "images"
         records = sum(len(reader) for reader in self.readers)
         size = sum(reader.size for reader in self.readers) / 2 ** 20
-        print(f"{name}: {kind}, {len(self.readers):,} file(s), {records:,} records, {size:,.1f} MiB")
+        print(f"{name}: {kind}, {len(self.readers):,} file(s), {records:,} records, "
+              f"{size:,.1f} MiB")
         if self.records:
             self.report_good()
         show("broken", f"{self.broken:,} records" if self.broken else "none")

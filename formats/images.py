@@ -6,8 +6,8 @@
     eval_transform     Pillow image -> the whole, resized: (3, s, s) uint8
     normalise          (B, 3, s, s) uint8 -> float32, what a model takes
 
-Letters: B images, s pixels a side. Pillow and torch do the work, on uint8. The transforms are the official
-code's (docs/paper.md, "Images"), which does them in OpenCV: the same up to rounding.
+Letters: B images, s pixels a side. Pillow and torch do the work, on uint8. The transforms are those
+of the official code, which does them in OpenCV: the same up to rounding.
 """
 import functools
 import io
@@ -104,8 +104,8 @@ def rand_augment(image, rng):
 # --------------------------------------------------------------------------------------------------
 
 def random_box(width, height, rng):
-    """RandomResizedCrop's (left, top, right, bottom): a random share of the area and a random shape;
-    the whole image after ten boxes that do not fit."""
+    """RandomResizedCrop's (left, top, right, bottom): a random share of the area and a random
+    shape; the whole image after ten boxes that do not fit."""
     for _ in range(10):
         area = width * height * rng.uniform(*AREA)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -124,7 +124,7 @@ def random_crop(image, size, rng):
     left, top, right, bottom = random_box(width, height, rng)
 
     # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is faster. draft chooses the
-    # smallest that is not below the size asked for: here the one that leaves the crop `size` pixels.
+    # smallest that is not below the size asked for: here one that leaves the crop `size` pixels.
     image.draft("RGB", (math.ceil(width * size / (right - left)),
                         math.ceil(height * size / (bottom - top))))
     x = image.size[0] / width                   # 1, 1/2, 1/4 or 1/8, nearly
@@ -134,7 +134,7 @@ def random_crop(image, size, rng):
 
 
 def resize(image, size):
-    """Pillow's resize(BICUBIC), in torch: a quarter of the time, on photos within two grey levels."""
+    """Pillow's resize(BICUBIC) in torch: a quarter of the time, within two grey levels."""
     rows = torch.from_numpy(np.array(image))[None]                  # (1, h, w, 3)
     rows = rows.permute(0, 3, 1, 2)                                 # (1, 3, h, w), as it lies
     small = F.interpolate(rows, (size, size), mode="bicubic", antialias=True)   # (1, 3, s, s)

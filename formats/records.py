@@ -161,7 +161,7 @@ def tar_rows(file, size):
     damaged = False
     for member in tar_members(file, size):
         if member is None:
-            if -1 not in row:                                       # complete: the damage is not its
+            if -1 not in row:                                       # complete: another one is hurt
                 yield row
                 key = None
                 row = list(EMPTY)
@@ -230,13 +230,13 @@ class Reader:
     def __init__(self, path, names=(), cache=None, root=None):
         self.path = path
         self.root = os.path.abspath(root or os.path.dirname(path))
-        from_name = re.fullmatch(r"(?:.*[._])?([a-z]{2,3})-([a-z]{2,3})\.\w+", os.path.basename(path))
+        tagged = re.fullmatch(r"(?:.*[._])?([a-z]{2,3})-([a-z]{2,3})\.\w+", os.path.basename(path))
         self.names = names
-        if from_name and not names:                                 # WikiMatrix.de-en.tsv
-            self.names = from_name.groups()
+        if tagged and not names:                                    # WikiMatrix.de-en.tsv
+            self.names = tagged.groups()
         with open(path, "rb") as file:
             if re.match(COMPRESSED, file.read(4)):
-                raise ValueError(f"{path} is compressed: unpack it first, records are read by offset")
+                raise ValueError(f"{path} is compressed: unpack it, records are read by offset")
         status = os.stat(path)
         self.size = status.st_size
         self.time = status.st_mtime_ns
@@ -261,7 +261,7 @@ class Reader:
 
     def line(self, i):
         start, end = self.index[i:i + 2].tolist()
-        return self.read(start, end - start).partition(b"\n")[0]    # blank lines follow the last one
+        return self.read(start, end - start).partition(b"\n")[0]    # without blank lines at the end
 
     def where(self, i):
         return f"{self.path} line {i + 1}"
@@ -303,8 +303,8 @@ class Tar(Reader):
 
     def part(self, start, length, what):
         if length < 0:
-            raise ValueError(f"no {what} next to it (tar --sort=name keeps a KEY together), or it is "
-                             f"a link, or its header is broken")
+            raise ValueError(f"no {what} next to it (tar --sort=name keeps a KEY together), or it "
+                             f"is a link, or its header is broken")
         return self.read(start, length)
 
 
@@ -364,10 +364,10 @@ class PlainText(Reader):
         self.files = {k: Reader(file, (k,), cache) for k, file in files.items()}
         self.size = sum(reader.size for reader in self.files.values())
         if len(files) < 2 or len({len(reader) for reader in self.files.values()}) > 1:
-            lengths = ", ".join(f"{k} has {len(reader):,} lines" for k, reader in self.files.items())
-            raise ValueError(f"{path}: {lengths} (no blank ones at the end); plain text is two files "
-                             f"NAME.LANGUAGE or more, line i of each says the same; columns end in "
-                             f".tsv, JSON lines in .jsonl")
+            lengths = ", ".join(f"{k} has {len(lines):,} lines" for k, lines in self.files.items())
+            raise ValueError(f"{path}: {lengths} (no blank ones at the end); plain text is two "
+                             f"files NAME.LANGUAGE or more, line i of each says the same; columns "
+                             f"end in .tsv, JSON lines in .jsonl")
 
     def __len__(self):
         return min(len(reader) for reader in self.files.values())

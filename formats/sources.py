@@ -1,7 +1,7 @@
 """Your data: files, folders and globs -> the two datasets of training.
 
-A source is FILE, FOLDER or GLOB, then @en or @de,en where the file does not name its languages, then
-=WEIGHT where several share a stream: 'cc3m/*.tar@en=0.7'. What a file may hold: records.py.
+A source is FILE, FOLDER or GLOB, then @en or @de,en where the file does not name its languages,
+then =WEIGHT where several share a stream: 'cc3m/*.tar@en=0.7'. What a file may hold: records.py.
 
     python data.py PATH ...     the doctor: what is there and what is wrong with it
 """
@@ -44,7 +44,7 @@ def parse(argument):
         what, names, weight = re.fullmatch(r"(.*?)(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument,
                                            re.DOTALL).groups()
     if os.path.isdir(what):
-        files = [entry.path for entry in os.scandir(what) if entry.is_file() and is_data(entry.name)]
+        files = [file.path for file in os.scandir(what) if file.is_file() and is_data(file.name)]
     elif os.path.isfile(what):
         files = [what]                          # also where the name looks like a pattern
     else:
@@ -59,7 +59,7 @@ def parse(argument):
 
 
 def is_data(name):
-    """Is this file of a folder one of ours? img2dataset writes _stats.json files beside its tars."""
+    """Does this file of a folder hold records? img2dataset leaves _stats.json beside its tars."""
     if name.startswith((".", "_")) or name.endswith("_stats.json"):
         return False
     return name.startswith("part-") or os.path.splitext(name)[1].lower() in NAMED
@@ -119,7 +119,8 @@ def check(reader, kind, names):
         found = "images" if reader.images else "no images"
         raise ValueError(f"{reader.path} holds {found}: give it to --{holds}")
     if names and kind == "texts" and len(set(names)) != 2:
-        raise ValueError(f"{reader.path} is parallel text: name its two languages, as in FILE@de,en")
+        raise ValueError(f"{reader.path} is parallel text: name its two languages, as in "
+                         f"FILE@de,en")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ def evaluation_rows(name):
     line on a bad row."""
     path = pathlib.Path(name)
     if not path.is_file():
-        raise ValueError(f"{name!r} is neither a file nor a split of the demo (demo:test_style, ...)")
+        raise ValueError(f"{name!r} is neither a file nor a split of the demo (demo:test_style)")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -304,7 +305,8 @@ def evaluation_row(line, folder):
         captions = {k: [texts] if isinstance(texts, str) else list(texts)
                     for k, texts in row["captions"].items()}
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError('expected {"image": path, "captions": {language: text or [texts]}}') from None
+        shape = '{"image": path, "captions": {language: text or [texts]}}'
+        raise ValueError(f"expected {shape}") from None
     for texts in captions.values():
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError("a caption is empty or not a text")

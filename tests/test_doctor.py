@@ -118,7 +118,7 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path):
     """200,000 pairs beside 2,000, each in a process of its own; the full sizes are bench_data.py memory's."""
     code = """if 1:
         import resource, sys, data
-        source = data.pair_files([sys.argv[1]])
+        source = data.files(data.PairFiles, [sys.argv[1]])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         n = len(source)
         for position in range(3000):

@@ -101,10 +101,10 @@ def test_weights_give_each_source_its_share_and_its_own_epochs(weights):
 def test_weighted_files_become_a_mixture_and_half_of_the_weights_are_refused(tmp_path):
     for k in range(2):
         (tmp_path / f"{k}.tsv").write_text(f"{k}\t{k}\n" * 3)
-    mixture = data.pair_files([f"{tmp_path}/0.tsv=3", f"{tmp_path}/1.tsv=1"])
+    mixture = data.files(data.PairFiles, [f"{tmp_path}/0.tsv=3", f"{tmp_path}/1.tsv=1"])
     assert mixture.counts == [750, 250] and len(mixture) == 6 and mixture[4, data.generator(0)][:2] == ("1", "1")
     with pytest.raises(ValueError, match="a weight .* or none"):
-        data.pair_files([f"{tmp_path}/0.tsv=3", f"{tmp_path}/1.tsv"])
+        data.files(data.PairFiles, [f"{tmp_path}/0.tsv=3", f"{tmp_path}/1.tsv"])
 
 
 def test_a_bad_record_is_replaced_by_the_next_good_one_and_counted_exactly(tokenizer):
@@ -161,9 +161,9 @@ def test_a_language_filter_keeps_exactly_the_records_that_speak_it(tmp_path, lan
     expected = [i for i, row in enumerate(rows) if set(row["captions"]) & set(languages)]
     if not expected:
         with pytest.raises(ValueError, match="no record in xx"):
-            data.image_files([path], 32, languages)
+            data.files(data.ImageFiles, [path], 32, languages)
         return
-    source = data.image_files([path], 32, languages)
+    source = data.files(data.ImageFiles, [path], 32, languages)
     assert [source.kept[0][i] for i in range(len(source))] == expected
     drawn = {source[i, data.generator(i, k)][1] for i in range(len(source)) for k in range(12)}
     assert drawn == {text for row in rows for k, text in row["captions"].items() if k in languages}
@@ -172,13 +172,13 @@ def test_a_language_filter_keeps_exactly_the_records_that_speak_it(tmp_path, lan
 def test_languages_are_drawn_uniformly_and_then_their_captions(tmp_path):
     """F3.3: one caption in German weighs as much as the three in English together."""
     row = {"image": samples.base64.b64encode(samples.jpeg(0)).decode(), "captions": {"en": ["a", "b", "c"], "de": "d"}}
-    source = data.image_files([samples.lines(tmp_path / "a.jsonl", [row])], 32)
+    source = data.files(data.ImageFiles, [samples.lines(tmp_path / "a.jsonl", [row])], 32)
     drawn = collections.Counter(source[0, data.generator(0, i)][1] for i in range(600))
     assert abs(drawn["d"] / 600 - 1 / 2) < 0.07 and all(abs(drawn[k] / 600 - 1 / 6) < 0.06 for k in "abc")
 
 
 def test_equal_images_have_one_id_and_others_have_another(tmp_path):
     rows = [{"image": samples.base64.b64encode(samples.jpeg(i // 2)).decode(), "caption": f"{i}"} for i in range(6)]
-    source = data.image_files([samples.lines(tmp_path / "a.jsonl", rows)], 32)
+    source = data.files(data.ImageFiles, [samples.lines(tmp_path / "a.jsonl", rows)], 32)
     ids = [source[i, np.random.default_rng(0)][2] for i in range(6)]
     assert ids[0] == ids[1] and ids[2] == ids[3] and len(set(ids)) == 3

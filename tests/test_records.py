@@ -85,11 +85,11 @@ def test_columns_read_as_a_full_parse_reads_them(tmp_path):
 
 def test_plain_text_pairs_line_i_with_line_i_and_refuses_other_lengths(tmp_path):
     folder = samples.multi30k(tmp_path)
-    source = data.pair_files([str(folder / f"train.{k}") for k in ("en", "de", "fr", "cs", "zh")])
+    source = data.files(data.PairFiles, [str(folder / f"train.{k}") for k in ("en", "de", "fr", "cs", "zh")])
     assert source.readers[0].record(5)[1] == {k: [samples.PHRASES[k].format(5)] for k in ("en", "de", "fr", "cs", "zh")}
     (folder / "train.fr").write_text("one line\n")
     with pytest.raises(ValueError, match="fr has 1 lines"):
-        data.pair_files([str(folder / "train.*")])
+        data.files(data.PairFiles, [str(folder / "train.*")])
 
 
 def test_the_index_is_made_once_and_again_when_the_file_changed(tmp_path):
@@ -128,7 +128,7 @@ def test_more_shards_than_a_process_may_open_files(tmp_path):
     for i in range(100):
         (tmp_path / f"{i:03}.tsv").write_text(f"a{i}\tb\n")
     code = (f"import resource, data; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
-            f"source = data.pair_files([{str(tmp_path)!r}])\n"
+            f"source = data.files(data.PairFiles, [{str(tmp_path)!r}])\n"
             f"print(sum('a' + str(i) in source[i, data.generator(i)] for i in range(100)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "100\n", done.stderr
@@ -204,7 +204,7 @@ def test_a_decompression_bomb_is_refused_by_pillows_own_limit(tmp_path):
     bomb = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
             + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
     path = samples.lines(tmp_path / "a.jsonl", [{"image": base64.b64encode(bomb).decode(), "caption": "boom"}])
-    source = data.image_files([path], 32)
+    source = data.files(data.ImageFiles, [path], 32)
     with pytest.raises(records.BadRecord, match="line 1: .*decompression bomb"):
         source[0, data.generator(0)]
 
@@ -216,7 +216,7 @@ def test_an_image_in_any_mode_or_format_becomes_rgb(tmp_path):
         out = io.BytesIO()
         Image.new(mode, (50, 40), 9).save(out, kind)
         rows.append({"image": base64.b64encode(out.getvalue()).decode(), "caption": "x"})
-    source = data.image_files([samples.lines(tmp_path / "a.jsonl", rows)], 32)
+    source = data.files(data.ImageFiles, [samples.lines(tmp_path / "a.jsonl", rows)], 32)
     for image, text, _ in [source[i, data.generator(i)] for i in range(len(rows))]:
         assert image.shape == (3, 32, 32) and image.dtype == np.uint8 and text == "x"
 
@@ -257,7 +257,7 @@ def test_a_caption_file_is_read_without_its_mark_and_line_end_also_in_an_archive
     with tarfile.open(tmp_path / "A.TAR", "w") as tar:
         samples.add(tar, "0.jpg", samples.jpeg(0))
         samples.add(tar, "0.txt", "\ufeffa dog\r\n".encode())
-    assert data.image_files([f"{tmp_path}/A.TAR@en"], 32).readers[0].record(0)[1] == {"en": ["a dog"]}
+    assert data.files(data.ImageFiles, [f"{tmp_path}/A.TAR@en"], 32).readers[0].record(0)[1] == {"en": ["a dog"]}
 
 
 def test_a_long_name_whose_member_is_damaged_goes_to_no_other(tmp_path):
@@ -328,7 +328,7 @@ def test_half_a_surrogate_pair_is_one_bad_record(tmp_path):
     rows = [image_row(caption) for caption in ({"en": "\ud800"}, {"\ud800": "x"}, {"\ud800": ""})]
     rows.append({"image": "\ud800.jpg", "caption": "x"})
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = data.image_files([str(tmp_path / "a.jsonl")], 32)
+    dataset = data.files(data.ImageFiles, [str(tmp_path / "a.jsonl")], 32)
     for i in range(4):
         with pytest.raises(records.BadRecord) as error:
             dataset[i, data.generator(i)]
@@ -349,15 +349,15 @@ def test_a_full_disk_leaves_no_index_and_says_so(tmp_path):
 def test_languages_skip_whole_files_of_other_languages(tmp_path):
     for k in ("bn", "de"):
         (tmp_path / f"W.{k}-en.tsv").write_text(f"{k}\ten\n" * 3)
-    assert len(data.pair_files([f"{tmp_path}/*.tsv"], ["de", "en"])) == 3      # one of the two languages is no pair
+    assert len(data.files(data.PairFiles, [f"{tmp_path}/*.tsv"], ["de", "en"])) == 3      # one of the two languages is no pair
     with pytest.raises(ValueError, match="no record in bn de"):
-        data.pair_files([f"{tmp_path}/*.tsv"], ["bn", "de"])
+        data.files(data.PairFiles, [f"{tmp_path}/*.tsv"], ["bn", "de"])
 
 
 def test_broken_records_stay_in_a_language_filter_and_filters_do_not_mix(tmp_path):
     rows = [{"image": "x.jpg", "caption": {k: k}} for k in ("en", "de", "de")] + [{"image": "x.jpg"}]
     path = samples.lines(tmp_path / "a.jsonl", rows)
-    assert [len(data.image_files([path], 32, k)) for k in (["en"], ["de"], ["en"])] == [2, 3, 2]
+    assert [len(data.files(data.ImageFiles, [path], 32, k)) for k in (["en"], ["de"], ["en"])] == [2, 3, 2]
 
 
 def test_a_literal_name_goes_before_a_pattern_and_nothing_is_one_line(tmp_path):
@@ -377,9 +377,9 @@ def test_a_folder_is_read_without_what_lies_beside_the_data(tmp_path):
 @pytest.mark.parametrize("names", ["en", "de,en,fr", "de,de"])
 def test_parallel_text_has_two_languages(tmp_path, names):
     (tmp_path / "a.TSV").write_text("a\tb\n")
-    assert list(data.pair_files([f"{tmp_path}/a.TSV@de,en"]).readers[0].record(0)[1]) == ["de", "en"]
+    assert list(data.files(data.PairFiles, [f"{tmp_path}/a.TSV@de,en"]).readers[0].record(0)[1]) == ["de", "en"]
     with pytest.raises(ValueError, match="name its two languages"):
-        data.pair_files([f"{tmp_path}/a.TSV@{names}"])
+        data.files(data.PairFiles, [f"{tmp_path}/a.TSV@{names}"])
 
 
 @pytest.mark.parametrize("first", ["", "\n" * 7, "{broken", '{"captions": {"en": "no image"}}'])

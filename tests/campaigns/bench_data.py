@@ -100,7 +100,7 @@ def bench_images(args):
 def compare(name, raws, rounds):
     """Pillow and we do the same pictures by turns: medians, process time."""
     with tempfile.TemporaryDirectory() as folder:
-        dataset = data.image_files([str(write_tar(pathlib.Path(folder, "a.tar"), raws))], 224)
+        dataset = data.files(data.ImageFiles, [str(write_tar(pathlib.Path(folder, "a.tar"), raws))], 224)
         floor, ours = [0.0] * rounds, [0.0] * rounds
         for turn, i in itertools.product(range(rounds), range(len(raws))):
             start = time.process_time()

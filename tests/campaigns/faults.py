@@ -86,7 +86,7 @@ def one_corruption(number, folder, tokenizer):
         truth = [None]                                                       # one stretch without any header
     what, images = f"{number}: {kind}, {way}", kind != "pairs"
     try:
-        source = data.image_files([str(path)], 32) if images else data.pair_files([str(path)])
+        source = data.files(data.ImageFiles, [str(path)], 32) if images else data.files(data.PairFiles, [str(path)])
     except ValueError as error:
         assert not truth and str(path) in str(error), what
         return what + f", refused: {error}", 0
