@@ -136,6 +136,16 @@ def test_unshared_fusion_learns_apart_from_the_same_start(tmp_path):
     assert not any(torch.equal(a[n], b[n]) for n in a if n.endswith("weight"))
 
 
+def test_an_unshared_run_that_starts_from_a_shared_checkpoint_has_its_fusion_encoder_twice(tmp_path):
+    assert train.main([*TINY, "--out", str(tmp_path / "a"), "--steps", "1"]) == 0
+    args = train.settings([*TINY, "--out", str(tmp_path / "b"), "--init", str(tmp_path / "a" / "ckpt.pt"),
+                           "--no-shared_fusion"])
+    model = train.prepare(args, torch.device("cpu")).objective.model
+    old = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)["model"]
+    for name, p in model.fusion.state_dict().items():
+        assert torch.equal(p, old["fusion." + name]) and torch.equal(p, model.text_fusion.state_dict()[name])
+
+
 def test_a_new_run_can_start_from_a_checkpoint(tmp_path):
     assert train.main([*TINY, "--out", str(tmp_path / "a"), "--steps", "1"]) == 0
     args = train.settings([*TINY, "--out", str(tmp_path / "b"), "--init", str(tmp_path / "a" / "ckpt.pt")])
