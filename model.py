@@ -36,8 +36,8 @@ from kernels.packed import GatherRows, ScatterRows, gather_sequences, offsets
 
 @dataclass(frozen=True)
 class Config:
-    """One model. Every field is also a flag of train.py; PRESETS holds the combinations we vouch for, RECIPES how each
-    of them is trained."""
+    """One model. Every field is also a flag of train.py. PRESETS holds the combinations we vouch
+    for, RECIPES how each of them is trained."""
     width: int = 128                    # D, of all three parts
     embedding: int = 256                # E, the contrastive vectors
     dropout: float = 0.1                # on embeddings and sublayer outputs; none on attention
@@ -76,20 +76,27 @@ class Config:
 
 
 PRESETS = {
-    # two CPU cores, minutes; chosen on the val split, see the README's list of what helped
-    "demo": Config(pool="mean", stem=True, dropout=0.0, vision_layers=2, text_layers=1, embedding_std=0.002,
-                   fusion_std=128 ** -0.5),        # 1 / sqrt(width)
+    # two CPU cores, minutes; chosen on the val split (docs/experiments.md)
+    "demo": Config(
+        pool="mean", stem=True, dropout=0.0, vision_layers=2, text_layers=1,
+        embedding_std=0.002, fusion_std=128 ** -0.5),           # 1 / sqrt(width)
     # one GPU, from random weights
-    "small": Config(width=384, image_size=224, vision_layers=12, vision_heads=6, vision_mlp=1536,
-                    text_layers=6, text_heads=6, text_mlp=1536, fusion_layers=3, fusion_heads=6, fusion_mlp=1536,
-                    vocabulary=250002, positions=514),
-    # CCLM-X2VLM-base and -large (F1.5): BEiT-2, XLM-R, six fusion layers
-    "base": Config(width=768, vision="beit2", image_size=224, vision_layers=12, vision_heads=12, vision_mlp=3072, drop_path=0.1,
-                   text_layers=12, text_heads=12, text_mlp=3072, fusion_layers=6, fusion_heads=12,
-                   fusion_mlp=3072, fusion_eps=1e-12, vocabulary=250002, positions=514, tied=False),
-    "large": Config(width=1024, vision="beit2", image_size=224, vision_layers=24, vision_heads=16, vision_mlp=4096, drop_path=0.1,
-                    text_layers=24, text_heads=16, text_mlp=4096, fusion_layers=6, fusion_heads=16,
-                    fusion_mlp=4096, fusion_eps=1e-12, vocabulary=250002, positions=514, tied=False),
+    "small": Config(
+        width=384, vocabulary=250002, positions=514, image_size=224,
+        vision_layers=12, vision_heads=6, vision_mlp=1536,
+        text_layers=6, text_heads=6, text_mlp=1536,
+        fusion_layers=3, fusion_heads=6, fusion_mlp=1536),
+    # CCLM-X2VLM-base and -large: BEiT-2, XLM-R, six fusion layers (docs/paper.md, Architecture)
+    "base": Config(
+        width=768, vocabulary=250002, positions=514, image_size=224, tied=False,
+        vision="beit2", vision_layers=12, vision_heads=12, vision_mlp=3072, drop_path=0.1,
+        text_layers=12, text_heads=12, text_mlp=3072,
+        fusion_layers=6, fusion_heads=12, fusion_mlp=3072, fusion_eps=1e-12),
+    "large": Config(
+        width=1024, vocabulary=250002, positions=514, image_size=224, tied=False,
+        vision="beit2", vision_layers=24, vision_heads=16, vision_mlp=4096, drop_path=0.1,
+        text_layers=24, text_heads=16, text_mlp=4096,
+        fusion_layers=6, fusion_heads=16, fusion_mlp=4096, fusion_eps=1e-12),
 }
 
 
@@ -140,8 +147,12 @@ RECIPES = {
         mask_probability=0.4, caption_masked=10, sentence_masked=16,
         caption_tokens=30, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1),
 }
-RECIPE_SOURCES = {"demo": "chosen on its val splits", "small": "not published: a guess, never trained",
-                  "base": "CCLM-X2VLM-base as published", "large": "CCLM-X2VLM-large as published"}
+RECIPE_SOURCES = {
+    "demo": "chosen on its val splits",
+    "small": "not published: a guess, never trained",
+    "base": "CCLM-X2VLM-base as published",
+    "large": "CCLM-X2VLM-large as published",
+}
 
 
 def at_least_float32(x):
@@ -687,8 +698,8 @@ def init_weights(model):
 
 
 def parameter_groups(model, rate, weight_decay=0.01):
-    """AdamW's groups: no decay for vectors and scalars (biases, norms, layer scale, temperature). rate: a function of a
-    parameter's name -> its peak learning rate."""
+    """AdamW's groups: no decay for vectors and scalars (biases, norms, layer scale, temperature).
+    rate: a function of a parameter's name -> its peak learning rate."""
     groups = {}
     for name, p in model.named_parameters():
         decay = weight_decay if p.ndim >= 2 else 0.0

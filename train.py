@@ -82,6 +82,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 def settings(argv=None):
     """The command line -> argparse.Namespace. The preset's recipe gives the defaults."""
+    # --preset is read first, by a parser that overlooks everything else: the defaults of the other
+    # flags, which --help shows too, are those of its recipe.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="demo")
     preset = first.parse_known_args(argv)[0].preset
@@ -91,6 +93,7 @@ def settings(argv=None):
     add_run_flags(parser.add_argument_group("run").add_argument)
     add_data_flags(parser.add_argument_group("data and losses").add_argument)
     add_model_flags(parser.add_argument_group("model and optimizer").add_argument)
+    # RECIPE names the flags of a recipe and says what they mean; the types are those of the values.
     recipe = parser.add_argument_group("recipe: these defaults are the preset's")
     for name, value in RECIPES.get(preset, RECIPES["demo"]).items():
         recipe.add_argument(f"--{name}", type=type(value), default=value, help=RECIPE[name])
@@ -272,7 +275,7 @@ class Pretraining(nn.Module):
         """A step's batches (data.Batches) -> loss, {"image_contrast": ..., "temperature": ...}."""
         model = self.model
         with torch.no_grad():
-            model.temperature.clamp_(0.001, 0.5)                # lower, the softmax saturates in bf16
+            model.temperature.clamp_(0.001, 0.5)     # lower, the softmax saturates in bf16
 
         # All sentences of the step in one pass of the text encoder: one look-up, one gradient.
         sentences = [image["b"], masked_sentences(image)]
@@ -454,6 +457,7 @@ class Log:
         columns += ["skipped", "bad_records", "cut"]
         columns += objective.validation
         columns += ["seconds", "images_per_s", "sentences_per_s", "memory_mb"]      # not bitwise
+        # A run that was killed logged steps that it did not save: they are done, and logged, again.
         rows = []
         if path.exists():
             with open(path, newline="") as file:
@@ -525,6 +529,9 @@ def learning_rate(args, new):
 def prepare(args, device):
     """Builds everything that a run needs, new or from the checkpoint in --out -> Run."""
     rank, W = world()
+
+    # 1. Weights: from the checkpoint in --out, else from --init, else random. mmap: several
+    #    processes share the pages of one file and do not each hold a copy of it.
     path = pathlib.Path(args.out, "ckpt.pt")
     state = read_checkpoint(path, mmap=True) if path.exists() and not args.fresh else None
     if state and not args.explain:
@@ -534,24 +541,35 @@ def prepare(args, device):
     say(recipe_lines(args, tokenizer.size))
     say(f"{path}: {state['step']} of {args.steps} steps are done" if state else f"start: {origin}")
 
+    # 2. Data, and the objective that the loop minimises.
     batches, validation_rows = make_batches(args, model, tokenizer)
     objective = Pretraining(model, tokenizer, args, validation_rows).to(device)
+
+    # 3. Optimizer. Published files lack some modules (weights.py import lists them): those learn
+    #    at another rate, also after a resume.
     start = state or (read_checkpoint(args.init, mmap=True) if args.init else {"config": {}})
     new = start["config"].get("new", [])
     groups = parameter_groups(objective, learning_rate(args, set(new)), args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     if state:
         optimizer.load_state_dict(state["optimizer"])
+
+    # 4. Ways to save memory or time; none changes the gradient (model.py says where they are read).
     model.chunk = args.chunk
     for layer in model.modules():
         layer.checkpointing = args.checkpointing
     if args.compile:
         for part in (model.vision, model.text, model.fusion):
             part.compile(dynamic=True)
+
+    # 5. Several processes. Gradients are their own buckets, and the only buffers are constants: DDP
+    #    need not copy either.
     wrapped = objective
-    if W > 1:       # the gradients are their own buckets, and the only buffers are constants
+    if W > 1:
         wrapped = nn.parallel.DistributedDataParallel(objective, forward_sync_buffers=False,
                                                       gradient_as_bucket_view=True)
+
+    # 6. Precision. Weights and optimizer stay in float32; autocast casts the products' operands.
     dtype, reason = training_dtype(device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     parameters = sum(p.numel() for p in objective.parameters())
@@ -560,7 +578,8 @@ def prepare(args, device):
     run = Run(args, device, objective, wrapped, optimizer, autocast, batches, BadRecords(rank),
               path, new)
     if state:
-        run.step, run.skipped = state["step"], state["skipped"]
+        run.step = state["step"]
+        run.skipped = state["skipped"]
         before = state["config"]["records"]
         if before != batches.records():
             say(f"the data changed: {before} records then, {batches.records()} now, from here on "
@@ -593,6 +612,8 @@ STOP_SIGNALS = [getattr(signal, name) for name in STOP if hasattr(signal, name)]
 def signals_noted(run):
     """The first signal asks the run to save and stop after the step at hand; a second one does what
     it always does."""
+    # Only a name is noted here. The step at hand ends first: half a step cannot be resumed, and
+    # all processes must save the same one (train_step tells them of each other's signals).
     def note(number, frame):
         run.signal = signal.Signals(number).name
         signal.signal(number, before[number])
@@ -615,6 +636,9 @@ def ignore_signals(worker):
 def load(run, last):
     """Batches of the steps run.step .. last - 1, prepared by workers."""
     workers = worker_count(run.args)
+    # A batch is an item of the dataset (batch_size=None), the number of the step its index: so
+    # there is no state of an iterator to save. The generator is one of its own, as the loader
+    # would else draw from the one that seeds dropout.
     loader = torch.utils.data.DataLoader(
         run.batches, batch_size=None, sampler=range(run.step, last), num_workers=workers,
         prefetch_factor=4 if workers else None, pin_memory=run.device.type == "cuda",
@@ -635,7 +659,7 @@ def train(run):
     last = min(args.steps, args.stop_after or args.steps)
     if run.step >= last:
         return
-    first = world()[0] == 0                                     # all compute, this one prints
+    first = world()[0] == 0                                     # all compute, this one writes
     log = Log(pathlib.Path(args.out) / "log.csv", run.step, run.objective) if first else None
     bar = tqdm(total=args.steps, initial=run.step, disable=not first or not sys.stderr.isatty())
     skipped_in_a_row = 0
@@ -645,6 +669,8 @@ def train(run):
         for *batch, stats in load(run, last):
             batch = [to_device(stream, run.device) for stream in batch]
             row, verdict = train_step(run, batch, stats, run.step)
+
+            # Every process holds the same verdict, so all of them leave the loop at the same step.
             if verdict.too_many_bad:
                 save(run)                                       # as it was before this step
                 raise ValueError(f"{run.bad_records.message()}; "
@@ -653,6 +679,8 @@ def train(run):
             skipped_in_a_row = 0 if verdict.finite else skipped_in_a_row + 1
             run.skipped += not verdict.finite
             row |= {"skipped": run.skipped} | speed(batch, time.perf_counter() - clock)
+
+            # Rank 0 validates and writes; the others wait in the next step's first collective.
             if log:
                 if validates(run):
                     row |= run.objective.validate()
@@ -661,10 +689,13 @@ def train(run):
                 say(line(row, run))
             bar.update()
             clock = time.perf_counter()
+
+            # A single step that is not finite is bad luck. Ten in a row are a diverged run.
             if skipped_in_a_row == 10:
                 tokens = " ".join(run.objective.tokenizer.pieces(batch[0]["b"].token_ids[:20]))
                 raise ValueError(f"loss or gradient was not finite in steps {run.step - 9} to "
                                  f"{run.step}: lower --lr; the last batch held {tokens} ...")
+
             if run.step % args.save_every == 0 or run.step == last or verdict.stop:
                 save(run)
             if verdict.stop or run.step == last < args.steps:
@@ -709,6 +740,7 @@ def main(argv=None):
             pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
         run = prepare(args, device)
         if args.explain:
+            # Reads a checkpoint if there is one, trains nothing and writes nothing.
             image = to_device(run.batches[0][0], device)
             evaluate.explain(run.objective.model.eval(), run.objective.tokenizer, image)
         else:
@@ -724,7 +756,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         status = data.fail(error)
     except KeyboardInterrupt:
-        status = data.fail("interrupted before the first step, or a second time: nothing was saved")
+        status = data.fail("interrupted outside a step; the last checkpoint is as it was")
     if dist.is_initialized():
         if not status:
             dist.barrier()

@@ -215,7 +215,7 @@ class ImageFiles(Files):
             return images.train_transform(image, self.size, rng), text, identity(picture)
 
     def row(self, index):
-        """The whole record, to evaluate on -> {"image": RGB image, "captions": {language: [text]}}."""
+        """The whole record, to evaluate on -> {"image": RGB, "captions": {language: [text]}}."""
         reader, i = self.find(index)
         with reading(reader, i):
             picture, captions = reader.record(i)
