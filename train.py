@@ -364,6 +364,7 @@ class Verdict(NamedTuple):
 
 
 def to_device(batch, device):
+    """A batch, whatever it is made of, with all its tensors on the device."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
@@ -374,7 +375,8 @@ def to_device(batch, device):
 
 
 def lr_at(step, args):
-    """Share of the peak rate: linear warm-up, then linear to 0."""
+    """Share of the peak rate at a step: it grows linearly to 1 in `warmup` steps, then falls
+    linearly to 0 at the end of the schedule."""
     warmup = (step + 1) / max(1, args.warmup)
     decay = (args.steps - step) / max(1, args.steps - args.warmup)
     return min(warmup, decay)
@@ -382,6 +384,7 @@ def lr_at(step, args):
 
 def gradient_norms(objective):
     """{"norm_all", "norm_vision", ...}: norms of the gradient, scalars; nan where a gradient is."""
+    # Parameters are called model.vision.layers.0.norm1.weight: the second word is the tower.
     towers = {"vision": [], "text": [], "fusion": [], "heads": []}
     for name, p in objective.named_parameters():
         tower = name.removeprefix("model.").split(".")[0].replace("text_fusion", "fusion")
@@ -441,7 +444,8 @@ def save(run):
 
 
 def compare(args, saved, path):
-    """Policy 2: ValueError that names the first setting that differs from the checkpoint's."""
+    """Policy 2: ValueError that names the first setting that differs from the checkpoint's. (A
+    recipe that changed in the code is such a setting: an old run goes on only as it began.)"""
     for name, value in vars(args).items():
         if name not in FREE and saved.get(name) != value:
             raise ValueError(f"{path} was trained with --{name} {saved.get(name)}, not {value}: "
@@ -506,13 +510,18 @@ def line(row, run):
 # --------------------------------------------------------------------------------------------------
 
 def say(text):
+    """Prints on rank 0, above the progress bar."""
     if world()[0] == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def learning_rate(args, new):
-    """-> a function of a parameter's name -> its peak rate. new: names that --init did not find."""
+    """-> a function of a parameter's name -> its peak rate.
+
+    An encoder that was trained before learns slowly, what is new fast: the published rates of the
+    towers differ by a factor of four (docs/paper.md). new: names of parameters that the files
+    behind --init did not hold."""
     factors = {"vision": args.vision_lr, "text": args.text_lr, "fusion": args.fusion_lr,
                "text_fusion": args.fusion_lr, "itm_head": args.fusion_lr}
 
@@ -711,7 +720,8 @@ def validates(run):
 
 
 def finish(run):
-    """Evaluates a finished run -> out/results.json and the table. Rank 0 works, the others wait."""
+    """Evaluates a finished run -> out/results.json and the table. Rank 0 works; the others wait at
+    the barrier in main()."""
     args = run.args
     if run.step < args.steps or world()[0] > 0:
         return
