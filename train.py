@@ -200,7 +200,8 @@ def recipe_lines(args, vocabulary):
 # --------------------------------------------------------------------------------------------------
 
 def start_processes():
-    """Joins torchrun's process group where there is one -> device."""
+    """Joins torchrun's process group where there is one -> device. Each process has a GPU of its
+    own (nccl), or all share the CPU (gloo)."""
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -741,7 +742,8 @@ DIED = re.compile(r"(?i)worker \(pid|closed by peer|reset by peer|broken pipe|ti
 
 
 def main(argv=None):
-    """-> exit status: 0, or 2 after one line about what was wrong with the input."""
+    """-> exit status: 0, or 2 after one line about what was wrong with the input. An error of the
+    program itself is not caught: it keeps its traceback."""
     args = settings(argv)
     try:
         device = start_processes()
