@@ -90,7 +90,6 @@ def contrastive_loss(a, b, temperature, same="ignore"):
     rows of the N x N matrix, and the sums of columns are put together."""
     rank, W = world()
     B = len(a.vectors)
-    N = W * B
     first = rank * B                                                     # our rows: first..first+B
     all_ids = all_gather(a.ids)                                          # (N,)
     b_all = all_gather(b.vectors)                                        # (N, E)
@@ -99,10 +98,9 @@ def contrastive_loss(a, b, temperature, same="ignore"):
         positives = 2 * s.positives.sum()
     elif same == "positive":
         # No pair is left out of the sums: every item gets an id of its own.
-        own = torch.arange(N, device=all_ids.device)                     # (N,)
+        own = torch.arange(W * B, device=all_ids.device)                 # (N,)
         s = contrastive(a.vectors, b_all, temperature, own[first:first + B], own, first)
-        # The numerator: s_ij weighted by row i's label and column j's. The labels of a row are
-        # equal shares of 1; a column's shares belong to its own process, hence all_gather.
+        # Row i's label for column j, an equal share of 1, plus column j's label for row i.
         alike = a.ids[:, None] == all_ids                                # (B, N)
         share = 1 / alike.sum(1).to(b_all.dtype)                         # (B,)
         labels = alike * (share[:, None] + all_gather(share))            # (B, N)
@@ -110,7 +108,7 @@ def contrastive_loss(a, b, temperature, same="ignore"):
     else:
         raise ValueError(f"same={same!r} is unknown: choose 'ignore' or 'positive'")
     columns = sum_of_columns(s.column_lse, first, B)
-    return W * (s.row_lse.sum() + columns - positives) / (2 * N)
+    return (s.row_lse.sum() + columns - positives) / (2 * B)             # W x sum / 2N
 
 
 def sum_of_columns(part, first, B):
@@ -118,12 +116,11 @@ def sum_of_columns(part, first, B):
     process's own columns, of the log-sum-exp over ALL rows."""
     if world()[1] == 1:
         return part.sum()
-    # 1. log-sum-exp over all processes of their parts, without gradient.
+    # 1. The log-sum-exp of all processes' parts, without gradient.
     top = all_reduce(part, "MAX")                                        # (N,)
     whole = top + all_reduce((part - top).exp()).log()                   # (N,)
-    # 2. We return the sum over OUR columns, but our rows appear in the columns of all processes.
-    #    What DDP needs from us is d (sum over all N columns) / d (our part), which is
-    #    exp(part - whole) per column. A product with this constant has that gradient.
+    # 2. Our rows are part of ALL N columns: the gradient that is due here is that of the sum over
+    #    all of them, exp(part - whole) per column. A product with this constant has it.
     share = (part - whole).exp().detach()                                # (N,)
     seen = part.masked_fill(share == 0, 0)       # a column without rows here: 0, not 0 x -inf
     ours = (share * seen).sum()
@@ -153,12 +150,12 @@ def hard_negatives(a, b, temperature, seed):
 
 
 def draw(logits, ids, generator):
-    """For row i of logits (B, B) a column j, with probability in proportion to
-    w_ij = softmax_j(logits) + UNIFORM_WEIGHT, and 0 for itself and the same thing -> (B,)."""
+    """For row i of logits (B, B) a column j, with a probability proportional to
+    w_ij = softmax_j(logits) + UNIFORM_WEIGHT; 0 for itself and the same thing -> (B,)."""
     weights = logits.softmax(1) + UNIFORM_WEIGHT                         # (B, B)
     # An exponential race (the Gumbel-max trick before the logarithm): with clocks c_ij from
-    # Exponential(1), c_ij / w_ij is from Exponential(w_ij), and the smallest of a row is j with
-    # probability w_ij / sum w. torch.multinomial would do, but fails on a row without weight.
+    # Exponential(1), the smallest c_ij / w_ij of a row is at j with probability w_ij / sum w.
+    # (torch.multinomial does the same, but fails on a row whose weights are all 0.)
     clock = torch.empty_like(weights).exponential_(generator=generator)
     speed = weights / clock                                              # (B, B)
     speed = speed.masked_fill(ids[:, None] == ids, 0)
@@ -197,12 +194,12 @@ class MaskedText(NamedTuple):
 
 def masked_lm_loss(head, states, labels):
     """states (M, D) of masked positions, labels (M,) the true ids -> cross entropy over the
-    vocabulary. Memory: the logits exist for 512 rows at a time, 0.5 GB in float32 at V = 250,002
-    whatever M is; all of them would be 1.0 GB for every 1,000 masked tokens, some times over."""
+    vocabulary. Memory: logits exist for 512 rows at a time, 0.5 GB in float32 at V = 250,002
+    (all of them: 1.0 GB for every 1,000 masked tokens, two or three times over)."""
     x = in_autocast_type(head(states))                                   # (M, D)
     weight = in_autocast_type(head.weight)                               # (V, D)
     bias = in_autocast_type(head.bias)                                   # (V,)
-    # "compact" sums in float32. A sum by the operator itself would have x's 16 bits: hence "none".
+    # "compact" sums products in float32. reduction="sum" would give a loss of 16 bits.
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None,
                                                  acc_policy="compact")
     losses = F.linear_cross_entropy(x, weight, labels, linear_bias=bias, reduction="none",
@@ -257,13 +254,13 @@ def cross_view(model, a, b, masked, seed, negatives=None, options=Options()):
     a, b       Views; b is text. a.ids say which items are the same thing; b.ids are not read
     masked     MaskedText
     seed       int, for the draw of hard negatives
-    negatives  None: they are drawn; or given, (negative_a (B,), negative_b (B,)), -1 = none
+    negatives  None: drawn here; or (negative_a (B,), negative_b (B,)), -1 = none
     Returns {"contrast", "match", "mask"} and their weighted sum "loss", scalars with gradients."""
     weights = options.weights
-    if negatives is None:
-        negatives = hard_negatives(a, b, model.temperature, seed)
     if not weights["match"]:
-        negatives = tuple(x[:0] for x in negatives)      # no pairs are fused: match is 0 x inputs
+        negatives = (a.ids[:0], a.ids[:0])               # no pairs are fused: match is 0 x inputs
+    elif negatives is None:
+        negatives = hard_negatives(a, b, model.temperature, seed)
     pairs, masked_states = fuse_pairs(model, a, b, masked, negatives, options.condition)
     losses = {
         "contrast": contrastive_loss(a, b, model.temperature, options.same),

@@ -413,14 +413,6 @@ class TextEncoder(nn.Module):
         return x
 
 
-class Reads(NamedTuple):
-    """What the rows of a fusion layer read: rows starts[i]..starts[i+1] read sequence i of states.
-    """
-    starts: torch.Tensor                # of the rows that read
-    states: torch.Tensor                # (S, D) that are read
-    view_starts: torch.Tensor           # of the states
-
-
 class FusionLayer(TextLayer):
     """Self-attention, then cross-attention to a view, then the MLP; a LayerNorm after each."""
 
@@ -429,15 +421,16 @@ class FusionLayer(TextLayer):
         self.cross = Attention(width, heads)
         self.cross_norm = nn.LayerNorm(width, eps)
 
-    def forward(self, x, y, x_starts, y_starts, reads, copies=None):
-        """x (., D) attends to y (., D), sequence by sequence. copies (T',): rows of x that go on
-        after self-attention, repeats allowed (None: all, once). They read `reads` -> (T', D)."""
-        own = self.attention(x, y, x_starts, y_starts)                   # (., D)
+    def forward(self, x, x_starts, texts, copies, groups, views):
+        """x (., D): rows of `texts`, sequence by sequence, that attend to all rows of it.
+        copies (T',): the rows of x that go on, repeats allowed. None: all of them, once.
+        groups: of these, rows groups[i]..groups[i+1] read sequence i of `views` -> (T', D)"""
+        own = self.attention(x, texts.states, x_starts, texts.starts)    # (., D)
         if copies is not None:
             x = x.index_select(0, copies)                                # (T', D)
             own = own.index_select(0, copies)                            # (T', D)
         x = self.norm1(x + self.dropout(own))        # after the copy: copies drop different numbers
-        seen = self.cross(x, reads.states, reads.starts, reads.view_starts)        # (T', D)
+        seen = self.cross(x, views.states, groups, views.starts)         # (T', D)
         x = self.cross_norm(x + self.dropout(seen))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
@@ -479,29 +472,24 @@ class Fusion(nn.Module):
         lengths = starts.diff()                                          # (Q,)
         group_lengths = lengths.new_zeros(V + 1).index_add_(0, query_view[order] + 1, lengths)
         groups = offsets(group_lengths)                                  # (V+2,)
-        view_starts = F.pad(views.starts, (1, 0))                        # (V+2,): 0, 0, ...
+        views = View(views.states, F.pad(views.starts, (1, 0)), None, None)        # 0, 0, ...
 
-        # 4. The layers. x holds texts before the first layer and query sequences after it.
-        x = texts.states                                                 # (T, D)
-        x_starts = texts.starts
+        # 4. The layers. texts are the caller's before the first layer; after it, they are the
+        #    query sequences, copied by that layer. The last layer goes on with asked rows only:
+        #    where their sequences and groups start is how many of them lie before the old start.
         for i, layer in enumerate(self.layers):
-            first = i == 0
-            last = i == len(self.layers) - 1
-            q = x
-            q_starts = x_starts
-            copies = rows if first else None                             # (T, D) -> (T', D)
-            reading = groups
-            if last:
-                # Only asked rows go on. starts of the asked rows: how many lie before each start
-                reading = torch.searchsorted(asked, groups.long()).int() # (V+2,)
-                if first:
-                    copies = rows[asked]                                 # (R,)
+            x = texts.states
+            x_starts = texts.starts
+            copies = rows if i == 0 else None                            # (T, D) -> (T', D)
+            if i == len(self.layers) - 1:
+                groups = torch.searchsorted(asked, groups.long()).int()  # (V+2,)
+                if i == 0:
+                    copies = rows[asked]                                 # (T, D) -> (R, D)
                 else:
-                    q = x.index_select(0, asked)                         # (T', D) -> (R, D)
-                    q_starts = torch.searchsorted(asked, starts.long()).int()      # (Q+1,)
-            reads = Reads(reading, views.states, view_starts)
-            x = run(layer, q, x, q_starts, x_starts, reads, copies)
-            x_starts = starts
+                    x = x.index_select(0, asked)                         # (T', D) -> (R, D)
+                    x_starts = torch.searchsorted(asked, starts.long()).int()      # (Q+1,)
+            x = run(layer, x, x_starts, texts, copies, groups, views)
+            texts = View(x, starts, None, None)
 
         # 5. Back to the caller's order.
         return ScatterRows.apply(x, back, len(back))                     # (R, D)

@@ -10,8 +10,12 @@ from kernels.attention import attention
 from kernels.contrastive import contrastive, contrastive_naive
 from kernels.packed import offsets
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16,
-          "bf16": torch.bfloat16}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 ALLOWED = {"fp64": 1e-13, "fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-2}
 
 # --------------------------------------------------------------------------------------------------
@@ -77,7 +81,9 @@ def attention_case(g, q_lengths, k_lengths, biased, shape, dtype, device="cpu", 
     if biased:
         n = int(q_lengths[0])
         bias = normal(shape[0], n, n).requires_grad_()
-    return q, k, v, offsets(q_lengths).to(device), offsets(k_lengths).to(device), bias
+    q_starts = offsets(q_lengths).to(device)
+    k_starts = offsets(k_lengths).to(device)
+    return q, k, v, q_starts, k_starts, bias
 
 
 def attention_of_groups(dtype, device="cpu", moat: int = 0):
@@ -101,7 +107,8 @@ def attention_and_reference(case):
     out = attention(*case)
     results = [out, *torch.autograd.grad(out, inputs, incoming)]
     exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
-    out = attention_dense(*exact[:3], q_starts.cpu(), k_starts.cpu(), *exact[3:])
+    starts = (q_starts.cpu(), k_starts.cpu())
+    out = attention_dense(*exact[:3], *starts, *exact[3:])
     references = [out, *torch.autograd.grad(out, exact, incoming.double().cpu())]
 
     pairs = {}
@@ -138,9 +145,10 @@ def random_contrast(seed: int, sizes, temperature: float, dtype, device="cpu", E
     B, N, first_row = sizes
     own = slice(first_row, first_row + B)
     g = torch.Generator().manual_seed(seed)
-    a = F.normalize(torch.randn(B, E, generator=g, dtype=torch.float64), dim=1)
-    b = F.normalize(torch.randn(N, E, generator=g, dtype=torch.float64), dim=1)
-    a = F.normalize(a + b[own], dim=1)
+    a = torch.randn(B, E, generator=g, dtype=torch.float64)
+    b = torch.randn(N, E, generator=g, dtype=torch.float64)
+    b = F.normalize(b, dim=1)
+    a = F.normalize(F.normalize(a, dim=1) + b[own], dim=1)
     ids = torch.randint(0, 3 * N, (N,), generator=g).to(device)
     a = a.to(device, dtype).requires_grad_()
     b = b.to(device, dtype).requires_grad_()
