@@ -80,24 +80,18 @@ def indexed(path, scan, cache=None, label=""):
     status = os.stat(path)
     stamp = [VERSION, status.st_size, status.st_mtime_ns]
     with contextlib.suppress(OSError):                              # there may be no index yet
-        if read_stamp(place) == stamp:
-            return mapped(place)
+        numbers = mapped(place)
+        if numbers[-3:].tolist() == stamp:                          # not so if it was cut off
+            return numbers[:-3]
     write_index(path, scan, place, stamp)
-    return mapped(place)
-
-
-def read_stamp(place):
-    """The last three numbers of an index: an index that was cut off has others there."""
-    with open(place, "rb") as file:
-        file.seek(max(0, os.path.getsize(place) - 24))
-        return np.frombuffer(file.read(24), np.int64).tolist()
+    return mapped(place)[:-3]
 
 
 def mapped(place):
-    """The numbers of an index without its stamp. torch.from_file does not keep the file open, as
+    """The numbers of an index and its stamp. torch.from_file does not keep the file open, as
     numpy.memmap does: there may be more shards than a process may have open files."""
     count = os.path.getsize(place) // 8
-    return torch.from_file(place, size=count, dtype=torch.int64).numpy()[:-3]
+    return torch.from_file(place, size=count, dtype=torch.int64).numpy()
 
 
 def write_index(path, scan, place, stamp):

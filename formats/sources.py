@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from formats import images
 from formats.records import (IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, ImageLines,
-                             PairLines, PlainText, Tar, identity, indexed, reading)
+                             PairLines, PlainText, Tar, captions, identity, indexed, reading)
 
 NAMED = (".tar", ".tsv", ".jsonl", ".json")     # any other suffix is the language of plain text
 
@@ -164,10 +164,9 @@ class Files:
             i = int(self.kept[k][i])
         return self.readers[k], i
 
-    def usable(self, captions):
+    def usable(self, texts):
         """Of {language: [texts]} the languages that training shall use."""
-        return [language for language in captions
-                if not self.languages or language in self.languages]
+        return [k for k in texts if not self.languages or k in self.languages]
 
 
 def wanted(reader, languages, least, cache):
@@ -206,11 +205,11 @@ class ImageFiles(Files):
         super().__init__(sources, "images", languages, cache, root)
         self.size = size
 
-    def example(self, picture, captions, rng):
+    def example(self, picture, texts, rng):
         """The language is drawn first, each with the same probability, then one of its captions."""
-        languages = self.usable(captions)
-        texts = captions[languages[rng.integers(len(languages))]]
-        text = texts[rng.integers(len(texts))]
+        languages = self.usable(texts)
+        group = texts[languages[rng.integers(len(languages))]]
+        text = group[rng.integers(len(group))]
         with images.undecoded(picture) as image:
             return images.train_transform(image, self.size, rng), text, identity(picture)
 
@@ -231,15 +230,15 @@ class PairFiles(Files):
     def __init__(self, sources, languages=(), cache=None):
         super().__init__(sources, "texts", languages, cache)
 
-    def example(self, raw, captions, rng):
+    def example(self, raw, texts, rng):
         """Two languages of those that the record has. Which is a and which is b is random."""
-        languages = self.usable(captions)
+        languages = self.usable(texts)
         if len(languages) < 2:
-            raise ValueError(f"one language only ({' '.join(captions)}), not two")
+            raise ValueError(f"one language only ({' '.join(texts)}), not two")
         pair = []
         for k in rng.permutation(len(languages))[:2]:
-            texts = captions[languages[k]]
-            pair.append(texts[rng.integers(len(texts))])
+            group = texts[languages[k]]
+            pair.append(group[rng.integers(len(group))])
         return pair[0], pair[1], identity(raw)
 
 
@@ -302,14 +301,8 @@ def evaluation_row(line, folder):
     try:
         row = json.loads(line)
         path = folder / row["image"]
-        captions = {k: [texts] if isinstance(texts, str) else list(texts)
-                    for k, texts in row["captions"].items()}
-    except (ValueError, KeyError, AttributeError, TypeError):
+        texts = dict(row["captions"])
+    except (ValueError, KeyError, TypeError):
         shape = '{"image": path, "captions": {language: text or [texts]}}'
         raise ValueError(f"expected {shape}") from None
-    for texts in captions.values():
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError("a caption is empty or not a text")
-    if not captions:
-        raise ValueError("a caption is empty or not a text")
-    return {"image": images.open_image(path), "captions": captions}
+    return {"image": images.open_image(path), "captions": captions(texts, ())}
