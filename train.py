@@ -730,6 +730,7 @@ def finish(run):
         say(f"step {run.step} of {args.steps} is done, {run.path} and log.csv are written; to "
             f"measure recall: python evaluate.py retrieval --ckpt {run.path} --data FILE")
         return
+    # Test sets are read here, at the very end, and nowhere else in training.
     say("evaluating on the test sets ...")
     report = json.dumps(run.objective.report(), indent=1)
     pathlib.Path(args.out, "results.json").write_text(report, encoding="utf-8")
