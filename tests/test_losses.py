@@ -147,6 +147,21 @@ def test_without_condition_hidden_words_do_not_see_a():
     assert mask[0] != mask[1] and mask[2] == mask[3]
 
 
+def test_masked_lm_under_autocast_is_a_float32_loss_close_to_the_exact_one():
+    g = torch.Generator().manual_seed(0)
+    head = torch.nn.Identity()
+    head.weight = torch.nn.Parameter(torch.randn(3000, 32, generator=g))
+    head.bias = torch.nn.Parameter(torch.randn(3000, generator=g))
+    x, labels = torch.randn(700, 32, generator=g), torch.randint(3000, (700,), generator=g)
+    exact = masked_lm_loss(head, x, labels)
+    wanted = torch.autograd.grad(exact, head.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = masked_lm_loss(head, x, labels)
+    got = torch.autograd.grad(rough, head.weight)[0]
+    assert rough.dtype == torch.float32 and abs(float((rough - exact).detach())) < 1e-3 * float(exact.detach())
+    assert float((got - wanted).norm() / wanted.norm()) < 0.02
+
+
 def test_masked_lm_in_chunks_equals_whole():
     g = torch.Generator().manual_seed(0)
     head = SimpleNamespace(weight=torch.randn(70000, 8, generator=g, dtype=torch.float64),

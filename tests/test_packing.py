@@ -31,34 +31,35 @@ def make(seed=0, **changes):
 
 
 def example(model, lengths=(5, 2, 9, 4, 7), seed=1):
-    """Images, packed words, masked words, hidden rows, ids with one repeated thing."""
+    """Images, packed tokens, their starts, masked tokens, masked positions, ids with one repeated thing."""
     g = torch.Generator().manual_seed(seed)
     c, T = model.config, sum(lengths)
-    words, masked = (torch.randint(4, c.vocabulary, (T,), generator=g) for _ in range(2))
-    rows = torch.arange(T)[torch.rand(T, generator=g) < 0.4]
+    token_ids, masked_ids = (torch.randint(4, c.vocabulary, (T,), generator=g) for _ in range(2))
+    positions = torch.arange(T)[torch.rand(T, generator=g) < 0.4]
     images = torch.randn(len(lengths), 3, c.image_size, c.image_size, generator=g).double()
-    return images, words, offsets(torch.tensor(lengths)), masked, rows, torch.tensor([0, 1, 2, 1, 4])
+    return images, token_ids, offsets(torch.tensor(lengths)), masked_ids, positions, torch.tensor([0, 1, 2, 1, 4])
 
 
-def packed_losses(model, a, words, starts, masked, rows, ids, wrong):
-    b, hidden = model.encode_text(words, starts, ids), model.encode_text(masked, starts, ids)
-    return losses.cross_view(model, a, b, losses.MaskedText(hidden.states, rows, words[rows]), seed=0, negatives=wrong)
+def packed_losses(model, a, token_ids, starts, masked_ids, positions, ids, negatives):
+    b, masked = (model.encode_text(x, starts, ids) for x in (token_ids, masked_ids))
+    masked = losses.MaskedText(masked.states, positions, token_ids[positions])
+    return losses.cross_view(model, a, b, masked, seed=0, negatives=negatives)
 
 
-def padded_losses(model, a, words, starts, masked, rows, ids, wrong):
+def padded_losses(model, a, token_ids, starts, masked_ids, positions, ids, negatives):
     """a: (padded states, mask, vectors)."""
-    padded, mask = reference.unpack(words, starts)
-    b = reference.encode_text(model, padded, mask)
-    hidden, _ = reference.unpack(torch.zeros(len(words), dtype=torch.bool).index_fill(0, rows, True), starts)
-    return reference.cross_view(model, *a, b, mask, reference.vectors(model, model.text_proj, b, mask),
-                                reference.encode_text(model, reference.unpack(masked, starts)[0], mask), hidden,
-                                words[rows], ids, wrong)
+    padded, mask = reference.unpack(token_ids, starts)
+    states = reference.encode_text(model, padded, mask)
+    is_masked, _ = reference.unpack(torch.zeros(len(token_ids), dtype=torch.bool).index_fill(0, positions, True), starts)
+    masked_states = reference.encode_text(model, reference.unpack(masked_ids, starts)[0], mask)
+    return reference.cross_view(model, a, (states, mask, reference.vectors(model, model.text_proj, states, mask)),
+                                (masked_states, is_masked, token_ids[positions]), ids, negatives)
 
 
 @pytest.mark.parametrize("kind", ["image", "sentence"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packing_equals_padding(variant, kind):
-    """Losses and the gradient of every parameter, with repeated wrong partners, one that nobody has, and a -1."""
+    """Losses and the gradient of every parameter, with repeated negatives, one that nobody has, and a -1."""
     model = make(**VARIANTS[variant])
     images, words, starts, masked, rows, ids = example(model)
     wrong = (torch.tensor([2, 2, -1, 0, 2]), torch.tensor([4, 4, 4, 2, 2]))
