@@ -108,8 +108,8 @@ class Findings:
             label = ""
         label = "samples"
         for where, texts in self.samples:
-            said = "  ".join(f"{language}: {short(text)}" for language, text in texts[:3])
-            show(label, f"{where}  {said}")
+            shown = "  ".join(f"{language}: {short(text)}" for language, text in texts[:3])
+            show(label, f"{where}  {shown}")
             label = ""
 
     def lengths_line(self):

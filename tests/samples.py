@@ -49,7 +49,7 @@ def lines(path, rows):
 
 
 def official(folder, n=24):
-    """F3.1: directories of line-JSON files: CC3M with translations (base64), wiki and wikimatrix as sentence pairs."""
+    """As the official code reads them: directories of line-JSON files: CC3M with translations (base64), wiki and wikimatrix as sentence pairs."""
     for name in ("cc3m", "cc3m_path/images", "wikimatrix", "wikimatrix_en_bn"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     half = n // 2
@@ -77,7 +77,7 @@ def multi30k(folder, n=24):
 
 
 def iglue(folder, n=24):
-    """xFlickr&CO as IGLUE ships it (F3.9): annotations of a language apart from the images."""
+    """xFlickr&CO as IGLUE ships it: annotations of a language apart from the images."""
     images = folder / "flickr_images"
     images.mkdir(parents=True, exist_ok=True)
     for i in range(n):

@@ -29,7 +29,7 @@ def test_no_test_language_and_no_test_concept_is_in_the_tokenizers_text():
 
 
 def test_masking_hides_only_words_and_as_many_as_stated(tokenizer):
-    """F3.6: min(most, round(0.4 n)) positions; 80 % <mask>, 10 % another word, 10 % unchanged; never a special."""
+    """As the official code: min(most, round(0.4 n)) positions; 80 % <mask>, 10 % another word, 10 % unchanged; never a special."""
     ids, kinds, n = [0, *range(10, 38), 2], collections.Counter(), 0
     for seed in range(400):
         masked, hidden = data.mask_tokens(ids, np.random.default_rng(seed), tokenizer, 0.4, 20)

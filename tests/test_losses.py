@@ -48,7 +48,7 @@ def test_same_things_are_neither_positives_nor_negatives():
 
 
 def test_positive_same_things_share_the_label():
-    """F2.1: soft labels = equal ids / row sum, in both directions."""
+    """Soft labels = equal ids / row sum, in both directions."""
     ids = torch.tensor([0, 1, 0, 2, 0, 1])
     a, b = views(6, ids=ids)
     t = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)

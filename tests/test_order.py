@@ -170,7 +170,7 @@ def test_a_language_filter_keeps_exactly_the_records_that_speak_it(tmp_path, lan
 
 
 def test_languages_are_drawn_uniformly_and_then_their_captions(tmp_path):
-    """F3.3: one caption in German weighs as much as the three in English together."""
+    """One caption in German weighs as much as the three in English together."""
     row = {"image": samples.base64.b64encode(samples.jpeg(0)).decode(), "captions": {"en": ["a", "b", "c"], "de": "d"}}
     source = data.files(data.ImageFiles, [samples.lines(tmp_path / "a.jsonl", [row])], 32)
     drawn = collections.Counter(source[0, data.generator(0, i)][1] for i in range(600))
