@@ -620,13 +620,14 @@ STOP_SIGNALS = [getattr(signal, name) for name in STOP if hasattr(signal, name)]
 
 @contextlib.contextmanager
 def signals_noted(run):
-    """The first signal asks the run to save and stop after the step at hand; a second one does what
-    it always does."""
+    """A signal asks the run to save and stop after the step at hand. A second Ctrl-C ends it at
+    once; but not under torchrun, which hands on what the terminal sent to all already."""
     # Only a name is noted here. The step at hand ends first: half a step cannot be resumed, and
     # all processes must save the same one (train_step tells them of each other's signals).
     def note(number, frame):
         run.signal = signal.Signals(number).name
-        signal.signal(number, before[number])
+        if number == signal.SIGINT and not dist.is_initialized():
+            signal.signal(number, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
         signal.signal(number, note)

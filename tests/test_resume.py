@@ -111,12 +111,22 @@ def test_n_plus_n_steps_equal_two_n(tmp_path, whole):
     assert here(tmp_path) == 0 and (tmp_path / "ckpt.pt").read_bytes() == before
 
 
-def test_sigterm_saves_and_exits_with_status_0(tmp_path, whole):
-    assert kill_after(tmp_path, 4, with_signal=signal.SIGTERM) == 0
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_saves_and_exits_with_status_0(tmp_path, whole, name):
+    """SIGTERM from a scheduler, Ctrl-C, a closed terminal, SLURM's warning: workers get it too and stay until the end."""
+    assert kill_after(tmp_path, 4, with_signal=getattr(signal, name)) == 0
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
     assert 4 <= saved < 14 and saved == steps_done(tmp_path)
     assert here(tmp_path) == 0
     same(tmp_path, whole)
+
+
+def test_torchrun_stops_on_sigterm_although_its_processes_get_it_twice(tmp_path):
+    """From the sender, and again from torchrun. Both save the same step, and the same command continues."""
+    kill_after(tmp_path, 4, 2, signal.SIGTERM)
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
+    assert 4 <= saved < 14 and saved == steps_done(tmp_path)
+    assert finish(tmp_path, 2) and steps_done(tmp_path) == 14
 
 
 def test_other_settings_are_refused_and_fresh_starts_over(tmp_path, whole, capsys):
