@@ -181,7 +181,10 @@ def initialise(model, source):
     if model.text_fusion is not None and "text_fusion" not in map(part, weights):
         model.text_fusion.load_state_dict(model.fusion.state_dict())         # the same start for both
     new = sorted({part(name) for name in missing})
-    return f"{len(weights)} tensors from {source.title}; new: {', '.join(new) or 'nothing'}"
+    title = source.title
+    if model.text_fusion is None and "text_fusion" in map(part, source.weights):
+        title += " (without its text fusion encoder)"
+    return f"{len(weights)} tensors from {title}; new: {', '.join(new) or 'nothing'}"
 
 
 INITS = ("init", "init_vision", "init_text")                                 # flags of train.py

@@ -124,11 +124,14 @@ def test_our_own_files_with_impossible_settings_are_refused(capsys, tokenizer):
 
 
 def test_a_second_fusion_encoder_is_not_dropped_silently(capsys, tokenizer):
-    model = checkpoint(tokenizer, text_fusion={"a": torch.zeros(1)})
+    unshared = CCLM(build("demo", width=32, vision_heads=1, vocabulary=tokenizer.size, shared_fusion=False))
+    checkpoint(tokenizer, asdict(unshared.config), model=unshared.state_dict())
     refused(capsys, ["export", "own.pt", "folder"], "own.pt", "--no-shared_fusion")
-    assert model and not os.path.exists("folder")
+    assert not os.path.exists("folder")
     assert train.main([*HERE, "--init", "own.pt"]) == 0
-    assert "own.pt (without its text fusion encoder: --no-shared_fusion)" in capsys.readouterr().out
+    assert "own.pt; new: nothing" in capsys.readouterr().out
+    assert train.main([*HERE, "--init", "own.pt", "--shared_fusion", "--fresh"]) == 0
+    assert "own.pt (without its text fusion encoder)" in capsys.readouterr().out
 
 
 def test_train_refuses_the_wrong_kind_of_encoder(capsys, tokenizer):
