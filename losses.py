@@ -95,12 +95,12 @@ def contrastive_loss(a, b, temperature, same="ignore"):
     b_all = all_gather(b.vectors)                                        # (N, E)
     if same == "ignore":
         s = contrastive(a.vectors, b_all, temperature, a.ids, all_ids, first)
-        positives = 2 * s.positives.sum()
+        positives = 2 * s.positives.sum()                                # of rows and of columns
     elif same == "positive":
         # No pair is left out of the sums: every item gets an id of its own.
         own = torch.arange(W * B, device=all_ids.device)                 # (N,)
         s = contrastive(a.vectors, b_all, temperature, own[first:first + B], own, first)
-        # Row i's label for column j, an equal share of 1, plus column j's label for row i.
+        # Labels of both directions, added: an item's label is 1, in equal shares for all partners.
         alike = a.ids[:, None] == all_ids                                # (B, N)
         share = 1 / alike.sum(1).to(b_all.dtype)                         # (B,)
         labels = alike * (share[:, None] + all_gather(share))            # (B, N)
@@ -137,8 +137,8 @@ UNIFORM_WEIGHT = 1e-5       # any pair can be drawn (official code, models/xvlm.
 
 @torch.no_grad()
 def hard_negatives(a, b, temperature, seed):
-    """A hard negative for every item -> (negative_a (B,), negative_b (B,)) int64: the pairs
-    (negative_a[i], i) and (i, negative_b[i]) are false. -1: there is none. Drawn among this
+    """Hard negatives -> (negative_a (B,), negative_b (B,)) int64: b's item i goes with the wrong a
+    negative_a[i], a's item i with the wrong b negative_b[i]. -1: there is none. Drawn among this
     process's items, and the same again for the same seed and rank."""
     x = at_least_float32(a.vectors)                                      # (B, E)
     y = at_least_float32(b.vectors)                                      # (B, E)
@@ -171,7 +171,7 @@ def seed_generator(seed, side, device):
 
 def matching_loss(head, states, negatives):
     """states (3B, D) of true pairs, pairs with a negative a, and pairs with a negative b -> cross
-    entropy of head's "no, yes". An item without negatives (-1) is left out."""
+    entropy of head's "no, yes". An item that lacks a negative (-1) is left out."""
     has_both = (negatives[0] >= 0) & (negatives[1] >= 0)                 # (B,)
     counts = has_both.repeat(3)                                          # (3B,)
     labels = torch.zeros(len(states), dtype=torch.long, device=states.device)

@@ -9,8 +9,8 @@
 
 View a can also be a sentence, the translation of b: the fusion encoder does not know which. This
 sharing is CCLM, and is why the vision width must equal the text width. Nothing here pads: a batch
-is one matrix (T, D) and `starts` (B+1,), sequence i being rows starts[i]..starts[i+1]. Only
-kernels/attention.py knows about sequences, so there is no attention mask and no mask bug.
+is one matrix (T, D) and `starts` (B+1,): sequence i is rows starts[i] to starts[i+1] - 1. Only in
+kernels/attention.py do tokens see each other, so this file has no attention mask and no mask bug.
 
 Letters: B sequences, T tokens in the packed batch, P patches + 1, Q query sequences of the fusion
 encoder, R rows asked of its last layer, M masked tokens, D width, E embedding, H heads, V
@@ -422,8 +422,8 @@ class FusionLayer(TextLayer):
         self.cross_norm = nn.LayerNorm(width, eps)
 
     def forward(self, x, x_starts, texts, copies, groups, views):
-        """x (., D): rows of `texts`, sequence by sequence, that attend to all rows of it.
-        copies (T',): the rows of x that go on, repeats allowed. None: all of them, once.
+        """x (X, D): rows of `texts`, all or some, sequence by sequence; each attends to all rows of
+        its text. copies (T',): the rows of x that go on, repeats allowed. None: all of them, once.
         groups: of these, rows groups[i]..groups[i+1] read sequence i of `views` -> (T', D)"""
         own = self.attention(x, texts.states, x_starts, texts.starts)    # (., D)
         if copies is not None:
@@ -459,8 +459,10 @@ class Fusion(nn.Module):
         order = query_view.argsort(stable=True)                          # (Q,)
         rows, starts = gather_sequences(texts.starts, query_text[order])           # (T',), (Q+1,)
 
-        # 2. Where each of the caller's rows stands now, and which of them are asked for. asked is
-        #    in our order; asked[k] is the caller's row back[k] of `positions`.
+        # 2. where[r]: our row of the caller's row r. Of these, only those at `positions` are asked
+        #    for. asked is where they stand, ascending; asked[k] belongs to positions[back[k]].
+        #    For example: order [1, 0] of two sequences of 2 rows gives where [2, 3, 0, 1];
+        #    positions [0, 3] then give asked [1, 2] and back [1, 0].
         where, _ = gather_sequences(starts, order.argsort(), len(rows))  # (T',)
         if positions is not None:
             where = where[positions]                                     # (R,)
@@ -468,21 +470,23 @@ class Fusion(nn.Module):
 
         # 3. Queries of one view are one group of rows. Group 0 reads nothing: a view of length 0
         #    is put before the others.
-        V = len(views.starts) - 1
+        count = len(views.starts) - 1
         lengths = starts.diff()                                          # (Q,)
-        group_lengths = lengths.new_zeros(V + 1).index_add_(0, query_view[order] + 1, lengths)
-        groups = offsets(group_lengths)                                  # (V+2,)
+        group_lengths = lengths.new_zeros(count + 1)
+        group_lengths.index_add_(0, query_view[order] + 1, lengths)      # view -1 is group 0
+        groups = offsets(group_lengths)                                  # (count+2,)
         views = View(views.states, F.pad(views.starts, (1, 0)), None, None)        # 0, 0, ...
 
         # 4. The layers. texts are the caller's before the first layer; after it, they are the
         #    query sequences, copied by that layer. The last layer goes on with asked rows only:
-        #    where their sequences and groups start is how many of them lie before the old start.
+        #    their sequences and groups then start at the number of asked rows before the old start
+        #    (asked [1, 2]: a sequence that started at row 2 starts at row 1 now).
         for i, layer in enumerate(self.layers):
             x = texts.states
             x_starts = texts.starts
             copies = rows if i == 0 else None                            # (T, D) -> (T', D)
             if i == len(self.layers) - 1:
-                groups = torch.searchsorted(asked, groups.long()).int()  # (V+2,)
+                groups = torch.searchsorted(asked, groups.long()).int()  # (count+2,)
                 if i == 0:
                     copies = rows[asked]                                 # (T, D) -> (R, D)
                 else:

@@ -68,9 +68,10 @@ from weights import starting_point
 # Settings
 # --------------------------------------------------------------------------------------------------
 
-# These may differ when a run is resumed: they do not change its result.
+# These may differ when a run is resumed: they do not change its result (the last three: only by
+# rounding, so that a run that is out of memory can go on with --checkpointing).
 FREE = {"out", "stop_after", "save_every", "validate_every", "log_every", "keep", "fresh", "eval",
-        "explain", "workers", "compile", "cache"}
+        "explain", "workers", "cache", "compile", "checkpointing", "chunk"}
 LOSSES = ("contrast", "match", "mask")
 RECALLS = ("t2i_r1", "i2t_r1")                                  # of a validation
 ON_OFF = argparse.BooleanOptionalAction
@@ -302,7 +303,8 @@ class Pretraining(nn.Module):
         """Several packed batches -> their Views, by one call of the text encoder."""
         token_ids = torch.cat([s.token_ids for s in sentences])               # (T,) of all of them
         lengths = torch.cat([s.starts.diff() for s in sentences])
-        view = self.model.encode_text(token_ids, offsets(lengths), lengths)
+        no_ids = lengths                                         # nobody reads them of this View
+        view = self.model.encode_text(token_ids, offsets(lengths), no_ids)
         states = view.states.split([len(s.token_ids) for s in sentences])     # (T, D) -> (T_k, D)
         vectors = view.vectors.split([len(s.starts) - 1 for s in sentences])  # (B, E) -> (B_k, E)
         return [View(x, s.starts, v, None) for x, s, v in zip(states, sentences, vectors)]
@@ -402,7 +404,7 @@ def train_step(run, batch, stats, step):
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     # Seeded anew at every step: dropout differs between steps and processes, and a resumed run
-    # draws what the uninterrupted one drew.
+    # draws what the uninterrupted one drew. (2 * seed: the second stream draws with 2 * seed + 1.)
     seed = args.seed * 1_000_003 + step
     torch.manual_seed(seed * W + rank)
     with run.autocast:
@@ -523,16 +525,19 @@ def learning_rate(args, new):
     An encoder that was trained before learns slowly, what is new fast: the published rates of the
     towers differ by a factor of four (docs/paper.md). new: names of parameters that the files
     behind --init did not hold."""
-    factors = {"vision": args.vision_lr, "text": args.text_lr, "fusion": args.fusion_lr,
-               "text_fusion": args.fusion_lr, "itm_head": args.fusion_lr}
+    towers = {"vision": args.vision_lr, "text": args.text_lr, "fusion": args.fusion_lr,
+              "text_fusion": args.fusion_lr}
 
     def rate(name):
         name = name.removeprefix("model.")
+        part = name.split(".")[0]
         if name == "temperature":               # at the trunk's rate it hits its clamp in 30 steps
             return min(args.temperature_lr, args.lr)
+        if part in towers:                      # as published, a tower's rate goes before --new_lr
+            return args.lr * towers[part]
         if name in new:
             return args.lr * args.new_lr
-        return args.lr * factors.get(name.split(".")[0], 1.0)
+        return args.lr * (args.fusion_lr if part == "itm_head" else 1.0)
     return rate
 
 

@@ -2,9 +2,10 @@
 
 A checkpoint is one dict of plain data, written by torch.save:
 
-    {"model": state dict, "optimizer": ..., "step": int, "rng": [one per process],
+    {"model": state dict, "optimizer": ..., "step": int, "skipped": steps without an update,
      "tokenizer": the bytes of a sentencepiece model, or None,
-     "config": {"model": the fields of model.Config, "train": the settings of train.py}}
+     "config": {"model": the fields of model.Config, "train": the settings of train.py,
+                "new": what an import had to initialise, "records": of each stream}}
 
     python -m formats.checkpoints FILE ...        names and shapes of the tensors in a file
 """

@@ -6,7 +6,7 @@ starts[i]..starts[i+1].
     attention(q, k, v, q_starts, k_starts, bias=None) -> (T, H, d)
         q (T, H, d); k, v (S, H, d); starts (B+1,) int32 on the tensors' device
         query sequence i reads key sequence i; either may have length 0: output and gradient 0
-        bias (H, N, N) or None: BEiT-2's relative position bias, only where every sequence has N
+        bias (H, P, P) or None: BEiT-2's relative position bias, only where every sequence has P
         tokens and reads itself
         softmax(q k^T / sqrt(d) + bias) v, for every head alone
 
