@@ -362,6 +362,8 @@ class HeldOut:
         """count: about so many are held out."""
         if isinstance(dataset, Mixture):
             raise ValueError("--held_out does not go with weighted sources: give no weights")
+        if len(dataset) < 2:
+            raise ValueError("--held_out needs at least two images, one of them to train on")
         self.dataset = dataset
         self.k = max(2, len(dataset) // count)
 
@@ -389,7 +391,8 @@ def streams(args, size):
         images = files(ImageFiles, args.images, size, args.languages, args.cache,
                        args.image_root)
     texts = None
-    if args.parallel_text and (args.texts == ["demo"] or not args.images):
+    demo = args.images in (None, ["demo"]) and not args.texts
+    if args.parallel_text and (demo or args.texts == ["demo"]):
         texts = DemoParallel(scenes=args.text_scenes)
     elif args.parallel_text and args.texts:
         texts = files(PairFiles, args.texts, args.languages, args.cache)

@@ -37,7 +37,8 @@ from tqdm import tqdm
 import data
 from demo import emoji
 from formats.images import eval_transform, normalise
-from formats.sources import evaluation_rows
+from formats.records import BadRecord
+from formats.sources import ImageFiles, parse_all
 from kernels.packed import gather_sequences, offsets
 from losses import MaskedText, cross_view, fuse_pairs, hard_negatives
 from model import View
@@ -67,8 +68,9 @@ def load(path, device="cpu"):
 
 
 def inference_context(device):
-    """For the encoders and the fusion encoder: bfloat16 on CUDA as in training, else float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """For the encoders and the fusion encoder: bfloat16 where a GPU multiplies it, else float32."""
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 def join(views):
@@ -344,9 +346,10 @@ def print_scores(name, lines):
     """lines {label: {key: %}} -> a table for each direction, and one of false captions where the
     set has them; each ends with chance."""
     some = next(iter(lines.values()))
-    print(f"\n{name}: {some['images']:g} images, {some['n']:g} captions, %")
+    images = max(x["images"] for x in lines.values())      # a language may have captions of fewer
+    print(f"\n{name}: {images:g} images, {some['n']:g} captions, %")
     for direction, title in (("t2i", "text to image"), ("i2t", "image to text")):
-        chance = {f"{direction}_r{k}": min(100.0, 100 * k / some["images"]) for k in (1, 5, 10)}
+        chance = {f"{direction}_r{k}": min(100.0, 100 * k / images) for k in (1, 5, 10)}
         columns = {key.format(direction): head for key, head in COLUMNS.items()}
         print_columns(title, lines | {"chance": chance}, columns)
     if "false_caption_accuracy" in some:
@@ -448,8 +451,15 @@ def check_target(file):
 
 
 def evaluation_set(name):
-    """'demo:SPLIT' or a JSON-lines file -> rows {"image": RGB, "captions": {language: [text]}}."""
-    return emoji.split(name[5:]) if name.startswith("demo:") else evaluation_rows(name)
+    """'demo:SPLIT', or files that train.py --images can read -> rows of {"image": RGB image,
+    "captions": {language: [text]}}. ValueError that names the first record that is bad."""
+    if name.startswith("demo:"):
+        return emoji.split(name.removeprefix("demo:"))
+    dataset = ImageFiles(parse_all([name]), None)
+    try:
+        return [dataset.row(i) for i in range(len(dataset))]
+    except BadRecord as error:
+        raise ValueError(error) from None
 
 
 def retrieval_command(args, device):
@@ -482,7 +492,7 @@ def main(argv=None):
     score.set_defaults(run=retrieval_command)
     add = score.add_argument
     add("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
-    add("--data", default="demo:test_style", help="demo:SPLIT or a JSON-lines file (docs/data.md)")
+    add("--data", default="demo:test_style", help="demo:SPLIT, or images with captions (docs/data.md)")
     add("--rerank", type=int, default=16, metavar="K", help="candidates to re-rank; 0: none")
     add("--languages", nargs="+", help="only these; None: all that occur")
     add("--json", type=pathlib.Path, metavar="FILE", help="write all numbers, as in results.json")

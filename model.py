@@ -445,7 +445,7 @@ class Fusion(nn.Module):
         projected once per layer, and nothing is copied.
       * Copies of a text differ only in what they read: the first self-attention is done per text.
       * The last layer computes only `positions`: the first token of pairs to match, the masked
-        tokens to predict. Nobody reads its other rows."""
+        tokens to predict. No loss reads its other rows."""
 
     def __init__(self, c):
         super().__init__()
@@ -499,7 +499,7 @@ class Fusion(nn.Module):
         return ScatterRows.apply(x, back, len(back))                     # (R, D)
 
 
-class WordHead(nn.Module):
+class MaskedLMHead(nn.Module):
     """Masked LM's head up to the decoder's input; weight and bias are the decoder's. tied: weight
     is the token embedding."""
 
@@ -541,7 +541,7 @@ class CCLM(nn.Module):
         self.text_proj = nn.Linear(c.width, c.embedding)
         self.itm_head = nn.Sequential(nn.Linear(c.width, 2 * c.width), nn.LayerNorm(2 * c.width),
                                       nn.GELU(), nn.Linear(2 * c.width, 2))
-        self.mlm_head = WordHead(c, self.text.token_embedding)
+        self.mlm_head = MaskedLMHead(c, self.text.token_embedding)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         init_weights(self)
 
@@ -582,7 +582,7 @@ class CCLM(nn.Module):
         """states (T, D) -> unit vectors (B, E) of the first tokens or of the means."""
         if self.config.pool == "mean":
             lengths = starts.diff().long()
-            # unsafe: a GPU is not asked whether the lengths add up to T
+            # unsafe: skips a check that makes the host wait for the GPU
             pooled = torch.segment_reduce(states, "mean", lengths=lengths, unsafe=True)    # (B, D)
         else:
             pooled = GatherRows.apply(states, starts[:-1].long())        # (B, D)

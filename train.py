@@ -116,7 +116,6 @@ def add_run_flags(flag):
 
 
 def add_data_flags(flag):
-    flag("--data", default="demo", choices=["demo"], help="the built-in emoji, without files")
     flag("--images", nargs="+", metavar="FILES", help="images with captions: files, folders, globs")
     flag("--texts", nargs="+", metavar="FILES", help="parallel text; demo: the built-in")
     flag("--tokenizer", metavar="FILE", help="sentencepiece model: XLM-R's, or data.py tokenizer's")
@@ -172,8 +171,6 @@ def check(args):
             raise ValueError(f"--{name} {value} is not a multiple of {W} processes")
     if args.texts and not args.images:
         raise ValueError("--texts needs --images too: FILES, or demo for the built-in ones")
-    if args.shared_fusion is False and not args.parallel_text:
-        raise ValueError("--no-shared_fusion needs parallel text: nothing else uses the second one")
     if args.held_out and is_demo(args):
         raise ValueError("--held_out is for your own --images; the demo has a val split")
 
@@ -303,8 +300,7 @@ class Pretraining(nn.Module):
         """Several packed batches -> their Views, by one call of the text encoder."""
         token_ids = torch.cat([s.token_ids for s in sentences])               # (T,) of all of them
         lengths = torch.cat([s.starts.diff() for s in sentences])
-        no_ids = lengths                                         # nobody reads them of this View
-        view = self.model.encode_text(token_ids, offsets(lengths), no_ids)
+        view = self.model.encode_text(token_ids, offsets(lengths), None)
         states = view.states.split([len(s.token_ids) for s in sentences])     # (T, D) -> (T_k, D)
         vectors = view.vectors.split([len(s.starts) - 1 for s in sentences])  # (B, E) -> (B_k, E)
         return [View(x, s.starts, v, None) for x, s, v in zip(states, sentences, vectors)]
@@ -317,6 +313,8 @@ class Pretraining(nn.Module):
     def validate(self):
         """Recall of the cosine, means by group of languages -> {"val_seen_t2i_r1": %, ...}."""
         rows = self.validation_rows()
+        if not rows:
+            raise ValueError("no record that --held_out keeps can be read: python data.py FILES")
         scores = evaluate.validation_scores(self.model, self.tokenizer, rows)
         return {f"val_{group}_{key}": scores[group][key] for group in scores for key in RECALLS}
 
@@ -333,7 +331,7 @@ def masked_sentences(batch):
 
 
 def is_demo(args):
-    """Are the images those of the demo?"""
+    """Are the images those of the demo? (data.streams decides in the same way.)"""
     return args.images in (None, ["demo"])
 
 
@@ -413,8 +411,8 @@ def train_step(run, batch, stats, step):
     loss.backward()
     norms = gradient_norms(run.objective)
 
-    # All that processes must know of each other goes through ONE all-reduce, and the host waits for
-    # the device once. Every process then holds the same sums, so all of them decide alike.
+    # All that processes must know of each other goes through ONE all-reduce and one wait for the
+    # device. Every process then holds the same sums, so all of them decide alike.
     numbers = {"loss": loss.detach()} | numbers | norms
     bad, too_many = run.bad_records.count(stats["bad_records"])
     own = torch.tensor([bad, stats["cut"], bool(run.signal), too_many]).to(loss)
@@ -469,7 +467,8 @@ class Log:
         if path.exists():
             with open(path, newline="") as file:
                 old = csv.DictReader(file)
-                rows = [row for row in old if row["step"] and int(row["step"]) <= step]
+                rows = [row for row in old if None not in row.values()]      # a half row is none
+                rows = [row for row in rows if int(row["step"]) <= step]
         self.file = open(path, "w", newline="")
         self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
         self.writer.writeheader()
@@ -610,7 +609,12 @@ def make_batches(args, model, tokenizer):
     if args.held_out:
         images = data.HeldOut(images, args.held_out)
         validation_rows = images.rows
+    if texts is None and not model.config.shared_fusion:
+        raise ValueError("--no-shared_fusion needs parallel text: nothing else reads by it")
     longest = model.text.longest            # no sentence is longer than the table of positions
+    if longest < 3:
+        raise ValueError(f"the position table has room for {max(longest, 0)} tokens, a sentence has at "
+                         f"least 3: choose a larger --positions")
     image_stream = data.Stream(images, args.batch, min(args.caption_tokens, longest),
                                args.mask_probability, args.caption_masked)
     text_stream = texts and data.Stream(texts, args.text_batch, min(args.sentence_tokens, longest),

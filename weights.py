@@ -255,7 +255,8 @@ def starting_tokenizer(state, flags):
     """The tokenizer of a checkpoint; else, with own data, that of --tokenizer; else the demo's."""
     if state and state["tokenizer"]:
         return data.Tokenizer(state["tokenizer"])
-    if flags.get("images"):
+    own_files = [flags.get(name) not in (None, ["demo"]) for name in ("images", "texts")]
+    if any(own_files):
         return data.load_tokenizer(flags["tokenizer"])
     return data.demo_tokenizer()
 

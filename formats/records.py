@@ -22,6 +22,7 @@ import pathlib
 import re
 import sys
 import tarfile
+import uuid
 
 import numpy as np
 import torch
@@ -91,13 +92,16 @@ def mapped(place):
     """The numbers of an index and its stamp. torch.from_file does not keep the file open, as
     numpy.memmap does: there may be more shards than a process may have open files."""
     count = os.path.getsize(place) // 8
-    return torch.from_file(place, size=count, dtype=torch.int64).numpy()
+    try:
+        return torch.from_file(place, size=count, dtype=torch.int64).numpy()
+    except RuntimeError:                                            # a name that is not UTF-8
+        return np.fromfile(place, np.int64)
 
 
 def write_index(path, scan, place, stamp):
     """Written under another name and renamed: another process sees a whole index or none. Two that
     do this at the same time do it twice, with the same result."""
-    temporary = f"{place}.{os.getpid()}.tmp"
+    temporary = f"{place}.{uuid.uuid4().hex}.tmp"                   # also on a shared disk
     try:
         os.makedirs(os.path.dirname(place), exist_ok=True)
         with open(path, "rb") as file, open(temporary, "wb") as out, tqdm(
@@ -155,7 +159,7 @@ def tar_rows(file, size):
     damaged = False
     for member in tar_members(file, size):
         if member is None:
-            if -1 not in row:                                       # complete: another one is hurt
+            if -1 not in row:                                       # complete: not hurt itself
                 yield row
                 key = None
                 row = list(EMPTY)
@@ -193,23 +197,24 @@ def tar_members(file, size):
     """tarfile.TarInfo of every member, None for a block of 512 bytes that is no header.
 
     tarfile reads the headers, but the loop is ours: tarfile.open(ignore_zeros=True) passes over
-    damage without a word, and ends for ever at a long name whose member is damaged."""
-    tar = tarfile.open(fileobj=io.BytesIO(bytes(1024)))             # an empty archive, for its
-    tar.fileobj = file                                              # settings
+    damage silently, and ends for ever at a long name whose member is damaged."""
+    # An empty archive, for its settings.
+    tar = tarfile.open(fileobj=io.BytesIO(bytes(1024)))
+    tar.fileobj = file
     position = 0
     while position < size:
         file.seek(position)
         position += 512
         try:
             member = tarfile.TarInfo.fromtarfile(tar)
-        except tarfile.EOFHeaderError:                              # zeros: the archive ends, but
-            continue                                                # another may be joined to it
+        except tarfile.EOFHeaderError:
+            continue                            # zeros: the end, but another may be joined to it
         except (tarfile.HeaderError, ValueError):
             yield None
             continue
         yield member
-        position = max(position, tar.offset)                        # after its data; sizes below 0
-                                                                    # would lead back
+        # After its data. A damaged size may be below 0 and would lead back.
+        position = max(position, tar.offset)
 
 
 # --------------------------------------------------------------------------------------------------

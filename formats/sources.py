@@ -10,9 +10,7 @@ import collections
 import glob
 import hashlib
 import itertools
-import json
 import os
-import pathlib
 import re
 from typing import NamedTuple
 
@@ -21,7 +19,7 @@ from tqdm import tqdm
 
 from formats import images
 from formats.records import (IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, ImageLines,
-                             PairLines, PlainText, Tar, captions, identity, indexed, reading)
+                             PairLines, PlainText, Tar, identity, indexed, reading)
 
 NAMED = (".tar", ".tsv", ".jsonl", ".json")     # any other suffix is the language of plain text
 
@@ -273,36 +271,3 @@ class BadRecords:
     def message(self):
         return (f"more than {TOLERATED} of a process's last {WINDOW:,} records were bad, the last "
                 f"here: {self.last}; `python data.py FILES` names them all")
-
-
-# --------------------------------------------------------------------------------------------------
-# Sets to evaluate on
-# --------------------------------------------------------------------------------------------------
-
-def evaluation_rows(name):
-    """A JSON-lines file with rows {"image": path beside the file, "captions": {language: text or
-    [texts]}} -> [{"image": RGB image, "captions": {language: [texts]}}]. ValueError with file and
-    line on a bad row."""
-    path = pathlib.Path(name)
-    if not path.is_file():
-        raise ValueError(f"{name!r} is neither a file nor a split of the demo (demo:test_style)")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            rows.append(evaluation_row(line, path.parent))
-        except ValueError as error:
-            raise ValueError(f"{name} line {number}: {error}") from None
-    if not rows:
-        raise ValueError(f"{name} has no rows")
-    return rows
-
-
-def evaluation_row(line, folder):
-    try:
-        row = json.loads(line)
-        path = folder / row["image"]
-        texts = dict(row["captions"])
-    except (ValueError, KeyError, TypeError):
-        shape = '{"image": path, "captions": {language: text or [texts]}}'
-        raise ValueError(f"expected {shape}") from None
-    return {"image": images.open_image(path), "captions": captions(texts, ())}

@@ -52,7 +52,7 @@ def gather_sequences(starts, index, total=None):
     """Sequences `index` (Q,) of a packed batch, in that order, repeats allowed.
 
     Returns their rows (T',) int64 in the batch, and their own starts (Q+1,) int32. total: T', where
-    the caller knows it. A GPU is asked for it otherwise, and the host waits for the answer."""
+    the caller knows it. Without it the host waits for the GPU."""
     lengths = starts.diff()[index]                                       # (Q,)
     new_starts = offsets(lengths)                                        # (Q+1,)
     # row r of the result, in sequence q, is row starts[index[q]] + (r - new_starts[q]) of the batch

@@ -200,7 +200,9 @@ CASES = [
         ("--scenes -1", ["--scenes"]), ("--workers -2", ["--workers"]), ("--held_out 5", ["--held_out", "val split"]),
         ("--text_layers 0", ["text_layers is 0"]), ("--width 100", ["100"]), ("--texts a.tsv", ["--texts needs --images"]),
         ("--width 66 --vision_heads 4 --no-stem", ["multiple of 4 heads"]), ("--patch_size 24 --no-stem", ["patch size 24"]),
-        ("--no-parallel_text --no-shared_fusion", ["--no-shared_fusion needs parallel text"]))),
+        ("--no-parallel_text --no-shared_fusion", ["--no-shared_fusion needs parallel text"]),
+        ("--positions 3", ["room for 1 tokens", "--positions"]), ("--positions 2 --offset 3", ["--positions"]))),
+    ("one image held out of one", {}, OWN + "--images one.tar --held_out 1", ["--held_out needs at least two"]),
     # what is not there, or is something else
     ("--out in a file", {"a": b"text"}, "train --out a/out", ["a"]),
     ("--out is a file", {"a": b"text"}, "train --out a", ["a is a file, not a folder"]),
@@ -220,10 +222,10 @@ CASES = [
     ("no tokenizer to evaluate", {"a.pt": own(tokens=False)}, "evaluate retrieval --ckpt a.pt", ["no tokenizer"]),
     ("no checkpoint to evaluate", {}, RETRIEVAL, ["a.pt: no such"]),
     ("an unknown split", {"a.pt": own()}, RETRIEVAL + "--data demo:nonsense", ["nonsense", "test_style"]),
-    ("an empty caption", {"a.pt": own(), "a.jsonl": b'{"image": "x.png", "captions": {"en": " "}}'},
+    ("an empty caption", {"a.pt": own(), "x.png": samples.jpeg(0), "a.jsonl": b'{"image": "x.png", "captions": {"en": " "}}'},
      RETRIEVAL + "--data a.jsonl", ["a.jsonl line 1", "empty"]),
     ("a text as image", {"a.pt": own(), "x.png": b"text", "a.jsonl": b'{"image": "x.png", "captions": {"en": "a"}}'},
-     RETRIEVAL + "--data a.jsonl", ["a.jsonl line 1", "x.png"]),
+     RETRIEVAL + "--data a.jsonl", ["a.jsonl line 1", "image"]),
     ("a negative K", {"a.pt": own()}, RETRIEVAL + "--rerank -1", ["--rerank"]),
     ("a folder that is not there", {"a.pt": own()}, RETRIEVAL + "--json none/x.json", ["none/x.json cannot be written"]),
     ("an unknown language", {"a.pt": own()}, RETRIEVAL + "--data demo:val_concept --languages xx", ["'xx'", "en"]),
@@ -242,6 +244,7 @@ def test_it_is_one_line_and_nothing_is_written(files, command, words, tmp_path, 
         write(name, content, tokenizer)
     if command.startswith(OWN):
         samples.write_tar("a.tar", 4)
+        samples.write_tar("one.tar", 1)
         write("spm.model", tokenizer.model, None)
     before = sorted(os.listdir())
     program, *arguments = shlex.split(command)

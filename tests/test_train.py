@@ -189,3 +189,48 @@ def test_held_out_records_are_never_trained_on_and_give_recall(tmp_path, tokeniz
     assert {k for row in dataset.rows() for k in row["captions"]} == set(samples.LANGUAGES)
     assert train.main(words) == 0
     assert 0 <= float(rows(tmp_path / "out")[1]["val_all_t2i_r1"]) <= 100
+
+
+def test_the_streams_have_the_limits_of_the_recipe_and_of_the_position_table():
+    flags = ["--caption_tokens", "20", "--sentence_tokens", "50", "--caption_masked", "3", "--sentence_masked", "5",
+             "--mask_probability", "0.3", "--batch", "6", "--text_batch", "4", "--out", "nowhere"]
+    found = [train.prepare(train.settings([*flags, *more]), torch.device("cpu")).batches.streams
+             for more in ([], ["--positions", "17"])]
+    assert [stream[1:] for stream in found[0]] == [(6, 20, 0.3, 3), (4, 50, 0.3, 5)]
+    assert [stream[1:] for stream in found[1]] == [(6, 15, 0.3, 3), (4, 15, 0.3, 5)]      # two rows are padding's
+
+
+def test_what_an_import_had_to_initialise_learns_at_its_own_rate_also_after_a_resume(tmp_path):
+    """But a tower's own rate goes before it, as published: --new_lr is for heads."""
+    assert train.main([*TINY, "--out", str(tmp_path / "a"), "--steps", "1"]) == 0
+    state = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)
+    state["config"]["new"] = ["vision_proj.weight", "fusion.layers.0.cross.q.weight"]
+    torch.save(state, tmp_path / "a.pt")
+    words = [*TINY, "--out", str(tmp_path / "b"), "--init", str(tmp_path / "a.pt"), "--new_lr", "7", "--lr", "1e-3"]
+    for _ in range(2):
+        found = rates(train.prepare(train.settings(words), torch.device("cpu")))
+        assert found["vision_proj.weight"][0] == pytest.approx(7e-3) and found["text_proj.weight"][0] == pytest.approx(1e-3)
+        assert found["fusion.layers.0.cross.q.weight"][0] == pytest.approx(2e-3)
+        assert train.main([*words, "--steps", "2", "--stop_after", "1"]) == 0
+        words += ["--steps", "2"]
+
+
+def test_one_step_clips_and_clamps_and_seeds(tmp_path):
+    """The temperature is clamped before it is used; the update's gradient has at most the norm --clip; dropout and the
+    two streams draw other numbers at every step."""
+    args = train.settings([*TINY, "--out", str(tmp_path), "--clip", "0.01", "--chunk", "3"])
+    run = train.prepare(args, torch.device("cpu"))
+    assert run.objective.model.chunk == 3 and run.optimizer.defaults["betas"] == (0.9, 0.98)
+    seeds = []
+    forward = run.objective.forward
+    run.wrapped = lambda *batch, seed: seeds.append((seed, torch.rand(()).item())) or forward(*batch, seed=seed)
+    with torch.no_grad():
+        run.objective.model.temperature.fill_(2.0)
+    *batch, stats = run.batches[0]
+    for step in (0, 1):
+        row, _ = train.train_step(run, batch, stats, step)
+        assert row["temperature"] == pytest.approx(0.5, abs=1e-3)
+        grads = [p.grad for p in run.objective.parameters()]
+        assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.01, rel=1e-3)
+    (first, drawn), (second, drawn_then) = seeds
+    assert drawn != drawn_then and len({first, first + 1, second, second + 1}) == 4      # text draws with seed + 1
