@@ -470,6 +470,7 @@ def retrieval_command(args, device):
     trained = emoji.languages("seen") + emoji.languages("text_only") if demo else ()
     scores = retrieval(model, tokenizer, evaluation_set(args.data), args.languages, args.rerank,
                        trained, progress=sys.stderr.isatty())
+    # Groups are the demo's: its languages were chosen to be seen, text-only or never seen.
     groups = group_means(scores) if demo else {}
     means = {f"{GROUPS[k]} ({x['languages']})": x for k, x in groups.items() if x["languages"] > 1}
     print_scores(args.data, scores | means)
@@ -492,7 +493,7 @@ def main(argv=None):
     score.set_defaults(run=retrieval_command)
     add = score.add_argument
     add("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
-    add("--data", default="demo:test_style", help="demo:SPLIT, or images with captions (docs/data.md)")
+    add("--data", default="demo:test_style", help="demo:SPLIT, or files that --images reads")
     add("--rerank", type=int, default=16, metavar="K", help="candidates to re-rank; 0: none")
     add("--languages", nargs="+", help="only these; None: all that occur")
     add("--json", type=pathlib.Path, metavar="FILE", help="write all numbers, as in results.json")

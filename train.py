@@ -259,6 +259,8 @@ class Pretraining(nn.Module):
         if not args.match:
             self.weights["match"] = 0.0
         self.options = Options(self.weights, condition=args.condition)
+        # A loss that stays at its chance level says that nothing is learned (README, "Is my run
+        # healthy?").
         self.chance = {}
         for stream, batch in (("image", args.batch), ("text", args.text_batch)):
             self.chance[f"{stream}_contrast"] = math.log(batch)
@@ -613,8 +615,8 @@ def make_batches(args, model, tokenizer):
         raise ValueError("--no-shared_fusion needs parallel text: nothing else reads by it")
     longest = model.text.longest            # no sentence is longer than the table of positions
     if longest < 3:
-        raise ValueError(f"the position table has room for {max(longest, 0)} tokens, a sentence has at "
-                         f"least 3: choose a larger --positions")
+        raise ValueError(f"the position table has room for {max(longest, 0)} tokens, a sentence "
+                         f"has at least 3: choose a larger --positions")
     image_stream = data.Stream(images, args.batch, min(args.caption_tokens, longest),
                                args.mask_probability, args.caption_masked)
     text_stream = texts and data.Stream(texts, args.text_batch, min(args.sentence_tokens, longest),
