@@ -691,10 +691,13 @@ def init_weights(model):
 
 def parameter_groups(model, rate, weight_decay=0.01):
     """AdamW's groups: no decay for vectors and scalars (biases, norms, layer scale, temperature).
-    rate: a function of a parameter's name -> its peak learning rate."""
+    rate: a function of a parameter's name -> its peak learning rate; 0 freezes the parameter."""
     groups = {}
     for name, p in model.named_parameters():
         decay = weight_decay if p.ndim >= 2 else 0.0
+        if rate(name) == 0:
+            p.requires_grad_(False)             # no gradient, so nothing of it is clipped either
+            continue
         groups.setdefault((rate(name), decay), []).append(p)
     return [{"params": params, "lr": peak, "peak_lr": peak, "weight_decay": decay}
             for (peak, decay), params in groups.items()]

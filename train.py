@@ -391,8 +391,10 @@ def gradient_norms(objective):
     towers = {"vision": [], "text": [], "fusion": [], "heads": []}
     for name, p in objective.named_parameters():
         tower = name.removeprefix("model.").split(".")[0].replace("text_fusion", "fusion")
-        towers.get(tower, towers["heads"]).append(p.grad)
-    norms = {f"norm_{name}": nn.utils.get_total_norm(grads) for name, grads in towers.items()}
+        if p.requires_grad:
+            towers.get(tower, towers["heads"]).append(p.grad)
+    norms = {f"norm_{name}": nn.utils.get_total_norm(grads).to(p.device)
+             for name, grads in towers.items()}                 # a frozen tower: 0, of the CPU
     return {"norm_all": torch.stack(list(norms.values())).norm()} | norms
 
 

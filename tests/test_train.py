@@ -234,3 +234,15 @@ def test_one_step_clips_and_clamps_and_seeds(tmp_path):
         assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.01, rel=1e-3)
     (first, drawn), (second, drawn_then) = seeds
     assert drawn != drawn_then and len({first, first + 1, second, second + 1}) == 4      # text draws with seed + 1
+
+
+def test_a_rate_of_zero_freezes_a_tower(tmp_path):
+    """Its weights stay to the bit, and it takes no part in the norm that is clipped."""
+    words = [*TINY, "--out", str(tmp_path), "--steps", "3", "--vision_lr", "0"]
+    before = train.prepare(train.settings(words), torch.device("cpu")).objective.model.state_dict()
+    assert train.main(words) == 0
+    after = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    same = {name: torch.equal(after[name], value) for name, value in before.items()}
+    assert all(same[name] for name in same if name.startswith("vision."))
+    assert not any(same[name] for name in same if name.endswith("mlp.up.weight") and not name.startswith("vision."))
+    assert all(float(row["norm_vision"]) == 0 < float(row["norm_text"]) for row in rows(tmp_path))
