@@ -26,6 +26,10 @@ Resume, the policy:
   6. No generator has a state to save: every random number is drawn from (seed, step, process) or
      (seed, epoch, index).
 
+The file in its order: flags and recipe; the objective (what a step minimises and what a run is
+judged by); one step; checkpoint and log; the run from start to finish. To read the training alone:
+Pretraining.forward, train_step, train.
+
 Letters: B examples per process, W processes, N = W*B per step, V vocabulary.
 """
 import argparse
@@ -360,7 +364,8 @@ class Run:
 
 
 class Verdict(NamedTuple):
-    """What all processes decide alike after a backward pass."""
+    """What all processes decide alike after a backward pass. They must: a process that alone skips
+    an update has other weights from then on, and one that alone stops leaves the others waiting."""
     finite: bool                        # loss and gradient are: the weights may be updated
     stop: bool                          # some process got a signal
     too_many_bad: bool                  # some process read too many bad records
@@ -458,7 +463,11 @@ def compare(args, saved, path):
 
 
 class Log:
-    """out/log.csv: a row per step, written at once, cut back to `step` on resume (policy 3)."""
+    """out/log.csv: a row per step, written at once, cut back to `step` on resume (policy 3).
+
+    loss and one column for each loss of the objective: means over all processes. norm_*: of the
+    gradient before it is clipped. skipped: steps without an update so far. bad_records, cut: of
+    this step. The columns of a validation are filled at its steps only."""
 
     def __init__(self, path, step, objective):
         columns = ["step", "lr", "loss", *objective.chance, "temperature"]
@@ -563,10 +572,8 @@ def prepare(args, device):
     batches, validation_rows = make_batches(args, model, tokenizer)
     objective = Pretraining(model, tokenizer, args, validation_rows).to(device)
 
-    # 3. Optimizer. Published files lack some modules (weights.py import lists them): those learn
-    #    at another rate, also after a resume.
-    start = state or (read_checkpoint(args.init, mmap=True) if args.init else {"config": {}})
-    new = start["config"].get("new", [])
+    # 3. Optimizer.
+    new = new_parameters(args, state)
     groups = parameter_groups(objective, learning_rate(args, set(new)), args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     if state:
@@ -603,6 +610,14 @@ def prepare(args, device):
             say(f"the data changed: {before} records then, {batches.records()} now, from here on "
                 f"in a new order")
     return run
+
+
+def new_parameters(args, state):
+    """Names of what the published files behind --init did not hold (weights.py import lists it in
+    its checkpoint). They have a rate of their own, also after a resume."""
+    if state is None and args.init:
+        state = read_checkpoint(args.init, mmap=True)
+    return state["config"].get("new", []) if state else []
 
 
 def make_batches(args, model, tokenizer):
@@ -716,16 +731,20 @@ def train(run):
 
             # A single step that is not finite is bad luck. Ten in a row are a diverged run.
             if skipped_in_a_row == 10:
-                tokens = " ".join(run.objective.tokenizer.pieces(batch[0]["b"].token_ids[:20]))
                 raise ValueError(f"loss or gradient was not finite in steps {run.step - 9} to "
-                                 f"{run.step}: lower --lr; the last batch held {tokens} ...")
-
+                                 f"{run.step}: lower --lr; {first_tokens(run, batch)}")
             if run.step % args.save_every == 0 or run.step == last or verdict.stop:
                 save(run)
             if verdict.stop or run.step == last < args.steps:
                 why = (run.signal or "a signal") if verdict.stop else "--stop_after"
                 say(f"{why}: saved {run.path} at step {run.step}; the same command continues")
                 return
+
+
+def first_tokens(run, batch):
+    """What a batch is about, for an error message."""
+    pieces = run.objective.tokenizer.pieces(batch[0]["b"].token_ids[:20])
+    return f"the last batch held {' '.join(pieces)} ..."
 
 
 def validates(run):
