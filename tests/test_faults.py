@@ -67,7 +67,7 @@ def forked(folder, out, rank, port, die_at=None):
     plain = train.train_step
 
     def step(*args):
-        return os.kill(os.getpid(), signal.SIGKILL) if args[4] == die_at else plain(*args)
+        return os.kill(os.getpid(), signal.SIGKILL) if args[3] == die_at else plain(*args)
 
     train.train_step = step
     status = train.main(settings(folder, out))
@@ -98,7 +98,7 @@ def test_a_killed_worker_is_told_in_one_line_and_another_number_of_workers_resum
     plain = train.train_step
 
     def step(*args):
-        if args[4] == 7:
+        if args[3] == 7:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             time.sleep(0.5)
         return plain(*args)
@@ -150,7 +150,7 @@ def test_a_shard_that_is_deleted_during_training_ends_the_run_and_can_be_put_bac
     after = train.train_step
 
     def step(*args):
-        if args[4] == 3:
+        if args[3] == 3:
             (folder / "b.tar").rename(folder / "moved")
         return after(*args)
 
