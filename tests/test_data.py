@@ -111,3 +111,13 @@ def test_a_pair_is_one_language_with_images_and_one_without_in_either_role():
     found = {source[0, data.generator(seed)][:2] for seed in range(20)}
     said = tuple(emoji.caption([source.concepts[0]], language) for language in ("en", "ja"))
     assert found == {said, said[::-1]}
+
+
+def test_a_replacement_is_never_a_special_token():
+    """With a vocabulary of two ordinary tokens, 4 and 5, a masked one becomes 4, 5 or <mask>, which is 6."""
+    class Tiny:
+        mask = 6
+    found = set()
+    for seed in range(400):
+        found.update(data.mask_tokens([0, 4, 5, 4, 5, 2], np.random.default_rng(seed), Tiny(), 1.0, 9)[0][1:-1])
+    assert found == {4, 5, 6}

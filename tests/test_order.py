@@ -182,3 +182,10 @@ def test_equal_images_have_one_id_and_others_have_another(tmp_path):
     source = data.files(data.ImageFiles, [samples.lines(tmp_path / "a.jsonl", rows)], 32)
     ids = [source[i, np.random.default_rng(0)][2] for i in range(6)]
     assert ids[0] == ids[1] and ids[2] == ids[3] and len(set(ids)) == 3
+
+
+def test_either_language_of_a_pair_may_be_view_a(tmp_path):
+    (tmp_path / "a.tsv").write_text("ein Hund\ta dog\n")
+    source = data.files(data.PairFiles, [f"{tmp_path}/a.tsv@de,en"])
+    drawn = collections.Counter(source[0, data.generator(0, i)][0] for i in range(400))
+    assert set(drawn) == {"ein Hund", "a dog"} and abs(drawn["a dog"] / 400 - 1 / 2) < 0.1
