@@ -304,8 +304,8 @@ class Batches(torch.utils.data.Dataset):
 
     def read_or_replace(self, key, bad_records):
         """-> (a, b, id, the example's generator). The next good record replaces a bad one: B never
-        changes. After as many bad ones as stop a run the last good one is repeated: this batch is
-        never trained on."""
+        changes. After as many bad ones as stop a run (BadRecords) the last good one is repeated:
+        the run stops before it trains on this batch."""
         number, _, index = key
         dataset = self.streams[number].dataset
         for i in range(index, index + TOLERATED + 1):

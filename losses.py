@@ -11,9 +11,9 @@ kind it was given. t is the learned temperature:
     mask       masked_lm_loss (MLM): cross entropy of b's masked tokens, predicted from a too
 
 A model that knows nothing gets ln N, 0.6365 and ln V. (0.6365 is the entropy of 1 : 2; a head that
-starts at zero says 0.6931 = ln 2 first.) Every loss is a mean over ALL processes: each returns
-W x (its own sum) / (count over all processes), so that the mean of gradients that DDP takes is the
-gradient of the global loss.
+starts at zero says 0.6931 = ln 2 first.) Every loss is a mean over the items of ALL processes. DDP
+takes the mean of the processes' gradients; so each process returns W x (its own sum) / (count over
+all processes), and the mean of these is the global loss.
 
 Letters: B items per process, W processes, N = W*B, T tokens, M masked tokens, D width, E embedding,
 V vocabulary.
@@ -119,8 +119,9 @@ def sum_of_columns(part, first, B):
     # 1. The log-sum-exp of all processes' parts, without gradient.
     top = all_reduce(part, "MAX")                                        # (N,)
     whole = top + all_reduce((part - top).exp()).log()                   # (N,)
-    # 2. Our rows are part of ALL N columns: the gradient that is due here is that of the sum over
-    #    all of them, exp(part - whole) per column. A product with this constant has it.
+    # 2. Our rows are part of ALL N columns. So the gradient with respect to `part` is that of the
+    #    sum over all columns, not only over our own: d whole_j / d part_j = exp(part_j - whole_j).
+    #    A product of part with this constant has this gradient.
     share = (part - whole).exp().detach()                                # (N,)
     seen = part.masked_fill(share == 0, 0)       # a column without rows here: 0, not 0 x -inf
     ours = (share * seen).sum()
@@ -151,7 +152,7 @@ def hard_negatives(a, b, temperature, seed):
 
 def draw(logits, ids, generator):
     """For row i of logits (B, B) a column j, with a probability proportional to
-    w_ij = softmax_j(logits) + UNIFORM_WEIGHT; 0 for itself and the same thing -> (B,)."""
+    w_ij = softmax_j(logits) + UNIFORM_WEIGHT; w_ij is 0 where ids are equal (i = j too) -> (B,)."""
     weights = logits.softmax(1) + UNIFORM_WEIGHT                         # (B, B)
     # An exponential race (the Gumbel-max trick before the logarithm): with clocks c_ij from
     # Exponential(1), the smallest c_ij / w_ij of a row is at j with probability w_ij / sum w.
@@ -227,7 +228,7 @@ def fuse_pairs(model, a, b, masked, negatives, condition=True):
     Returns first-token states (3B, D) in that order, and the states of masked tokens (M, D)."""
     B = len(b.starts) - 1
     everyone = torch.arange(B, device=b.states.device)                   # (B,)
-    items = everyone[:len(negatives[0])]                                 # (B,), or (0,): no pairs
+    items = everyone[:len(negatives[0])]         # (B,); (0,) where matching is switched off
     negative_a = negatives[0].clamp(min=0)       # -1: fused with item 0, but matching_loss leaves
     negative_b = negatives[1].clamp(min=0)       # the pair out
 

@@ -546,8 +546,8 @@ class CCLM(nn.Module):
         init_weights(self)
 
     def for_parallel_text(self):
-        """The model that parallel text is given to: this one. The ablation shared_fusion=False,
-        which has no other place: a shallow copy (the same parameters) that fuses by text_fusion."""
+        """The model that fuses parallel text: this one. With shared_fusion=False, an ablation that
+        lives here alone, it is a shallow copy: the same parameters, but text_fusion as fusion."""
         if self.config.shared_fusion:
             return self
         twin = copy.copy(self)
@@ -594,8 +594,8 @@ class CCLM(nn.Module):
         texts, views   Views, of which only states and starts are read
         query_text     (Q,) int64: query sequence i is a copy of text query_text[i]
         query_view     (Q,) int64: it reads view query_view[i]; -1: nothing
-        positions      (R,) int64, sorted and unique: the wanted rows of the packed query sequences,
-                       in the caller's order of sequences. None: all rows
+        positions      (R,) int64, ascending: the wanted rows. Rows are counted through the query
+                       sequences 0, 1, ... Q-1, as if they were packed. None: all rows
         Returns their states (R, D), in the caller's order."""
         if self.chunk:
             return self.fuse_in_chunks(texts, views, query_text, query_view, positions)
@@ -610,7 +610,7 @@ class CCLM(nn.Module):
         used = [query_view[chunk].clamp(min=0).unique() for chunk in chunks]
         view_parts = split_copies(views, used)
 
-        # 2. number[r]: the place of the caller's row r among `positions`, -1 where not wanted.
+        # 2. number[r]: row r, in the caller's count, is positions[number[r]]; -1: it is not wanted.
         starts = offsets(texts.starts.diff()[query_text])                # (Q+1,)
         number = torch.arange(int(starts[-1]), device=starts.device)     # (T',)
         if positions is not None:

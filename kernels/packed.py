@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 class ScatterRows(torch.autograd.Function):
     """Rows of x to the unique rows `where` of a zero matrix. The backward of such a copy is a plain
-    look-up. torch's own indexing would add: slower, and on several CPU threads the order of the
-    sum changes from run to run."""
+    look-up. The backward of torch's own indexing adds into a zero matrix: slower, and on several
+    CPU threads the order of the sum changes from run to run."""
 
     @staticmethod
     def forward(ctx, x, where, rows):
