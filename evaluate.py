@@ -331,10 +331,10 @@ def demo_report(model, tokenizer, sets=TEST_SETS, rerank=16, progress=False):
     return report | {"groups": {name: group_means(scores) for name, scores in report.items()}}
 
 
-def validation_scores(model, tokenizer, rows, progress=False):
+def validation_scores(model, tokenizer, rows):
     """R@1 by cosine, means over languages -> {group: {"t2i_r1": %, "i2t_r1": %}}. Rows of the demo
     (they have concept ids) have its groups of languages, others the one group "all"."""
-    scores = retrieval(model, tokenizer, rows, rerank=0, progress=progress)
+    scores = retrieval(model, tokenizer, rows, rerank=0)
     if "ids" in rows[0]:
         means = group_means(scores)
     else:
