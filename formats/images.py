@@ -1,7 +1,8 @@
 """Images: opened, cropped and augmented for training; resized whole for evaluation; normalised.
 
     undecoded          bytes or a path -> Pillow image that is not decoded yet
-    open_image         path -> RGB image
+    rgb                Pillow image -> upright and RGB: one rule for training, evaluation and search
+    open_image         path or bytes -> RGB image
     train_transform    Pillow image -> random crop, resized, mirrored, RandAugment: (3, s, s) uint8
     eval_transform     Pillow image -> the whole, resized: (3, s, s) uint8
     normalise          (B, 3, s, s) uint8 -> float32, what a model takes
@@ -9,6 +10,7 @@
 Letters: B images, s pixels a side. Pillow and torch do the work, on uint8. The transforms are those
 of the official code, which does them in OpenCV: the same up to rounding.
 """
+import contextlib
 import functools
 import io
 import math
@@ -26,6 +28,11 @@ OPERATIONS = 2                                  # of RandAugment on an image
 MAGNITUDE = 0.7                                 # of RandAugment: 7 of 10
 GREY = (128, 128, 128)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP") # Pillow starts other programs for some others (EPS)
+ORIENTATION = 0x0112                            # EXIF's number of how a camera was held
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -39,22 +46,40 @@ def undecoded(picture):
 
 
 def rgb(image):
-    """Pillow's convert("RGB"), but 16 bits of grey are scaled: convert would clip them to white."""
-    if image.mode.startswith("I;16"):
+    """The image, or a part of it, as a viewer shows it: upright (EXIF), transparent parts on white,
+    16 bits of grey scaled to 8. Of an animation the first picture."""
+    image.load()
+    orientation = None
+    with contextlib.suppress(Exception):            # damaged EXIF data say nothing of the pixels
+        orientation = image.getexif().get(ORIENTATION)
+    if image.mode.startswith("I"):                  # convert alone would clip 16 bits to white
         image = image.point(lambda grey: grey / 256).convert("L")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.new("RGB", layer.size, "white")
+        image.paste(layer, mask=layer)
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+        image.info = {}                             # a second rgb() must not turn it again
+    return image
 
 
-def open_image(path):
-    """RGB image of a file; ValueError that names the file when it is missing or no image."""
+def open_image(picture, size=None):
+    """Path or bytes -> RGB image; ValueError that names the file when it is missing or no image.
+    size: what it will be resized to. A large JPEG is then decoded at 1/2, 1/4 or 1/8, which is
+    faster and takes less memory, but not below twice that size."""
+    name = "" if isinstance(picture, bytes) else f"{picture}: "
     try:
-        with undecoded(path) as image:
-            image.load()
+        with undecoded(picture) as image:
+            if size:
+                image.draft("RGB", (2 * size, 2 * size))
             return rgb(image)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
+        raise ValueError(f"{name}no such image") from None
+    except Exception as error:                      # on damaged bytes Pillow raises almost anything
+        raise ValueError(f"{name}not a readable image ({error})") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,7 +144,8 @@ def random_box(width, height, rng):
 
 
 def random_crop(image, size, rng):
-    """A random box of the image, resized -> RGB image of size x size pixels."""
+    """A random box of the image, resized -> RGB image of size x size pixels. The box is drawn
+    before the image is upright: turned or mirrored, each box has the same probability."""
     width, height = image.size
     left, top, right, bottom = random_box(width, height, rng)
 
@@ -130,7 +156,7 @@ def random_crop(image, size, rng):
     x = image.size[0] / width                   # 1, 1/2, 1/4 or 1/8, nearly
     y = image.size[1] / height
     box = (round(left * x), round(top * y), round(right * x), round(bottom * y))
-    return resize(rgb(image).crop(box), size)
+    return resize(rgb(image.crop(box)), size)
 
 
 def resize(image, size):
@@ -159,9 +185,10 @@ def pixels(image):
 
 def eval_transform(image, size):
     """Resized without keeping the aspect, as published -> uint8 (3, size, size)."""
+    image = rgb(image)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return pixels(rgb(image))
+    return pixels(image)
 
 
 @functools.cache
