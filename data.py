@@ -20,6 +20,7 @@ import contextlib
 import bisect
 import functools
 import io
+import os
 import pathlib
 import sys
 from typing import NamedTuple
@@ -38,11 +39,51 @@ BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3             # XLM-R's ids; docs/paper.md, "T
 
 def fail(error):
     """Prints in one line what was wrong -> exit status 2."""
+    if isinstance(error, BrokenPipeError):      # nobody reads what is printed: see run
+        raise error
     text = str(error).strip()
     if "\nOriginal Traceback" in text:          # the error of a DataLoader worker: its last line
         text = text.splitlines()[-1]
     print("error:", *text.split(), file=sys.stderr)
     return 2
+
+
+def run(main):
+    """Ends the program with the exit status of main(). What the terminal's encoding lacks is
+    printed escaped; a closed pipe (| head) and Ctrl-C end it quietly, as they do in a shell."""
+    sys.stdout.reconfigure(errors="backslashreplace")           # captions and names in any script
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        # Python writes what is left at its end, and must not meet the closed pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)
+
+
+def check_target(file):
+    """ValueError before the work, not after it, when an output file cannot be written."""
+    if not file:
+        return
+    new = file.is_file() or not file.exists()                   # see write_output
+    if file.is_dir() or not os.access(file.parent if new else file, os.W_OK):
+        raise ValueError(f"{file} cannot be written")
+
+
+def write_output(file, raw):
+    """Bytes are written beside `file` and renamed: what was there stays until all is written."""
+    if file.exists() and not file.is_file():                    # /dev/stdout, a named pipe
+        file.write_bytes(raw)
+        return
+    beside = file.resolve().with_name(f"{file.name}.tmp")
+    try:
+        beside.write_bytes(raw)
+        beside.replace(file.resolve())
+    finally:
+        beside.unlink(missing_ok=True)                          # there when something failed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -419,7 +460,7 @@ def tokenizer_command(words):
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {args.vocab} pieces comes from these texts "
                          f"({reason(error)})") from None
-    pathlib.Path(args.out).write_bytes(made.model)
+    write_output(pathlib.Path(args.out), made.model)
     print(f"wrote {args.out}: vocabulary {made.size:,}")
     if made.size < args.vocab:
         print(f"these texts hold no {args.vocab:,} pieces")
@@ -461,5 +502,4 @@ def show_example():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")           # captions and names in any script
-    sys.exit(main() if sys.argv[1:] else show_example())
+    run(main if sys.argv[1:] else show_example)

@@ -23,7 +23,6 @@ of a text and an image, B sequences, T tokens, M masked tokens, D width, E embed
 import argparse
 import itertools
 import json
-import os
 import pathlib
 import sys
 from statistics import fmean
@@ -90,15 +89,19 @@ def select(view, index):
     return View(view.states[rows], starts, view.vectors[index], None)        # (T, D) -> (T', D)
 
 
-def encode_images(model, images):
-    """Pillow images -> View of I images."""
-    views = []
-    for first in range(0, len(images), BATCH):
-        part = [eval_transform(x, model.config.image_size) for x in images[first:first + BATCH]]
+def image_batches(model, images):
+    """An iterator of Pillow images, of which each is resized before the next is read -> a View of
+    every BATCH of them."""
+    small = (eval_transform(image, model.config.image_size) for image in images)
+    while part := list(itertools.islice(small, BATCH)):
         pixels = torch.from_numpy(np.stack(part)).to(model.temperature.device)     # (B, 3, s, s)
         with inference_context(pixels.device):
-            views.append(model.encode_image(normalise(pixels), None))
-    return join(views)
+            yield model.encode_image(normalise(pixels), None)
+
+
+def encode_images(model, images):
+    """Pillow images -> View of I images."""
+    return join(list(image_batches(model, images)))
 
 
 def longest_text(model):
@@ -444,12 +447,6 @@ def explain(model, tokenizer, image_batch):
 # Commands
 # --------------------------------------------------------------------------------------------------
 
-def check_target(file):
-    """ValueError before the work, not after it, when an output file cannot be written."""
-    if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
-        raise ValueError(f"{file} cannot be written")
-
-
 def evaluation_set(name):
     """'demo:SPLIT', or files that train.py --images can read -> rows of {"image": RGB image,
     "captions": {language: [text]}}. ValueError that names the first record that is bad."""
@@ -477,7 +474,7 @@ def retrieval_command(args, device):
     if args.json:
         name = args.data.removeprefix("demo:")
         report = {name: scores, "groups": {name: groups}}
-        args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        data.write_output(args.json, json.dumps(report, indent=1).encode())
         print(f"\nwrote {args.json}")
 
 
@@ -499,7 +496,7 @@ def main(argv=None):
     add("--json", type=pathlib.Path, metavar="FILE", help="write all numbers, as in results.json")
     args = parser.parse_args(argv)
     try:
-        check_target(args.json)
+        data.check_target(args.json)
         args.run(args, "cuda" if torch.cuda.is_available() else "cpu")
     except (ValueError, OSError) as error:
         return data.fail(error)
@@ -507,4 +504,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    data.run(main)

@@ -1,7 +1,7 @@
-"""Pictures of a folder by sentences in any language.
+"""Pictures of a folder, or those of training data, by sentences in any language.
 
-A folder is encoded once for all queries; an image's score is its cosine with the query. The best
-are printed, and shown in one HTML file with small copies of them.
+They are encoded once for all queries; an image's score is its cosine with the query. The best are
+printed, and shown in one HTML file with small copies of them. One image at a time is decoded.
 
 Letters: I images, Q queries, E embedding.
 
@@ -9,47 +9,67 @@ Letters: I images, Q queries, E embedding.
 """
 import argparse
 import base64
+import functools
 import html
 import io
+import os
 import pathlib
 import sys
+from typing import NamedTuple
 
 import torch
 
 import data
 import evaluate
 from formats.images import open_image
+from formats.records import BadRecord, reading
+from formats.sources import ImageFiles, parse_all
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")           # what is taken for an image
+THUMBNAIL = 160                                         # pixels of the longer side
 HEAD = ('<!doctype html><meta charset="utf-8"><title>Images by sentences</title>'
         "<style>figure {display: inline-block; vertical-align: top}</style>")
 
 
-def image_files(folder):
-    """The images of a folder, sorted by name; ValueError where there are none."""
-    files = []
-    if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"{folder} is not a folder with images ({' '.join(SUFFIXES)})")
-    return files
+class Picture(NamedTuple):
+    name: str
+    open: object                        # function: the size it is wanted for -> RGB image
 
 
-def encode_folder(model, files):
-    """Files -> (those that can be read, their vectors (I, E)). The others are named on stderr;
-    ValueError where none can be read."""
-    readable, vectors, errors = [], [], []
-    # One batch at a time: the decoded images of a large folder do not fit into memory together.
-    for first in range(0, len(files), evaluate.BATCH):
-        images = []
-        for file in files[first:first + evaluate.BATCH]:
+def find_pictures(argument):
+    """A folder with pictures, at any depth, or what train.py --images reads -> [Picture]."""
+    files = sorted(file for file in pathlib.Path(argument).rglob("*")
+                   if file.suffix.lower() in SUFFIXES and file.is_file())
+    if files:
+        return [Picture(str(file), functools.partial(open_image, file)) for file in files]
+    dataset = ImageFiles(parse_all([argument]), None)
+    records = map(dataset.find, range(len(dataset)))
+    return [Picture(reader.where(i), functools.partial(open_record, reader, i))
+            for reader, i in records]
+
+
+def open_record(reader, i, size):
+    with reading(reader, i):
+        return open_image(reader.record(i)[0], size)
+
+
+def encode_pictures(model, pictures):
+    """-> (those that can be read, their vectors (I, E)). The others are named on stderr; ValueError
+    where none can be read."""
+    readable = []
+    errors = []
+
+    def images():
+        for picture in pictures:
             try:
-                images.append(open_image(file))
-                readable.append(file)
-            except ValueError as error:
-                errors.append(error)
-        if images:
-            vectors.append(evaluate.encode_images(model, images).vectors)    # (<= BATCH, E)
+                image = picture.open(model.config.image_size)
+            except (ValueError, BadRecord) as error:
+                errors.append(str(error))           # the exception itself would keep the image
+                continue
+            readable.append(picture)
+            yield image
+
+    vectors = [view.vectors for view in evaluate.image_batches(model, images())]
     if not readable:
         raise ValueError(f"no image can be read: {errors[0]}")
     for error in errors:
@@ -71,38 +91,41 @@ def best_images(model, tokenizer, queries, vectors, top):
     return cosine.topk(min(top, len(vectors)), 1)                            # (Q, I) -> (Q, top)
 
 
-def figure(rank, score, file):
+def figure(rank, score, picture):
     """A small copy of an image and its caption as HTML; the file's name is escaped."""
-    image = open_image(file)
+    image = picture.open(THUMBNAIL)
     png = io.BytesIO()
-    image.thumbnail((160, 160))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     image.save(png, "PNG")
-    picture = base64.b64encode(png.getvalue()).decode()
-    return (f'<figure><img alt="" src="data:image/png;base64,{picture}">'
-            f"<figcaption>{rank}. {html.escape(file.name)} {score:.3f}</figcaption></figure>")
+    copy = base64.b64encode(png.getvalue()).decode()
+    name = html.escape(os.path.basename(picture.name))
+    return (f'<figure><img alt="" src="data:image/png;base64,{copy}">'
+            f"<figcaption>{rank}. {name} {score:.3f}</figcaption></figure>")
 
 
 @torch.inference_mode()
 def search(args, device):
-    files = image_files(args.images)
     if args.top < 1:
         raise ValueError(f"--top {args.top} must be at least 1")
     check_queries(args.queries)
+    pictures = find_pictures(args.images)
     model, tokenizer = evaluate.load(args.ckpt, device)
-    files, vectors = encode_folder(model, files)
+    pictures, vectors = encode_pictures(model, pictures)
     cosines, images = best_images(model, tokenizer, args.queries, vectors, args.top)
     page = [HEAD]
+    lines = []
     longest = evaluate.longest_text(model)
     for query, scores, numbers in zip(args.queries, cosines.tolist(), images.tolist()):
         if len(tokenizer.encode(query, None)) > longest:
             query += f" (cut at {longest} tokens)"
-        print(query)
+        lines.append(query)
         page.append(f'<h2 dir="auto">{html.escape(query)}</h2>')
         for rank, (score, i) in enumerate(zip(scores, numbers), 1):
-            print(f"{rank:4}  {score:6.3f}  {files[i]}")
-            page.append(figure(rank, score, files[i]))
-    args.html.write_text("\n".join(page), encoding="utf-8")
-    print(f"\nwrote {args.html}")
+            lines.append(f"{rank:4}  {score:6.3f}  {pictures[i].name}")
+            page.append(figure(rank, score, pictures[i]))
+    # Before the lines, whose reader may end (| head). A name that is not UTF-8 is escaped.
+    data.write_output(args.html, "\n".join(page).encode("utf-8", "backslashreplace"))
+    print(*lines, f"\nwrote {args.html}", sep="\n")
 
 
 def main(argv=None):
@@ -112,14 +135,14 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("queries", nargs="+", help="sentences in any language")
     parser.add_argument("--ckpt", required=True, help="checkpoint of train.py")
-    parser.add_argument("--images", type=pathlib.Path, required=True, metavar="DIR",
-                        help="folder of " + " ".join(SUFFIXES))
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of "
+                        + " ".join(SUFFIXES) + ", or files that train.py --images reads")
     parser.add_argument("--top", type=int, default=5, help="images per query (default: 5)")
     parser.add_argument("--html", type=pathlib.Path, default="gallery.html", metavar="FILE",
                         help="the gallery (default: gallery.html)")
     args = parser.parse_args(argv)
     try:
-        evaluate.check_target(args.html)
+        data.check_target(args.html)
         search(args, "cuda" if torch.cuda.is_available() else "cpu")
     except (ValueError, OSError) as error:
         return data.fail(error)
@@ -127,4 +150,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    data.run(main)

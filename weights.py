@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import pathlib
-import sys
 from dataclasses import asdict, fields
 
 import torch
@@ -354,4 +353,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    data.run(main)

@@ -14,7 +14,7 @@ import textwrap
 import numpy as np
 from tqdm import tqdm
 
-from formats.images import undecoded
+from formats.images import rgb, undecoded
 from formats.records import BadRecord, identity, reading
 from formats.sources import open_readers, parse_all
 
@@ -58,7 +58,7 @@ class Findings:
     def look_at_image(self, raw):
         with undecoded(raw) as image:
             image.draft("RGB", (1, 1))          # a JPEG is read to its end but decoded at 1/8
-            image.load()
+            rgb(image)
             self.formats[image.format] += 1
 
     def add_broken(self, message):

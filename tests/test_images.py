@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from formats import images
 
@@ -138,3 +138,72 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
     Image.new("I;16", (1, 1), 1 << 15).save(tmp_path / "x.png")
     for image in (Image.open(tmp_path / "x.png"), images.open_image(tmp_path / "x.png")):
         assert images.rgb(image).getpixel((0, 0)) == (128, 128, 128)
+
+
+def held(photo, orientation, kind="JPEG"):
+    """A file whose EXIF block says how the camera was held; 9 stands for a damaged block."""
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    photo.save(out, kind, exif=exif.tobytes() if orientation < 9 else b"Exif\0\0damaged")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_upright_as_pillow_says_once_and_in_training_too(photo, kind, orientation):
+    raw = held(photo, orientation, kind)
+    upright = images.open_image(raw)
+    assert np.array_equal(upright, ImageOps.exif_transpose(Image.open(io.BytesIO(raw))).convert("RGB"))
+    assert images.rgb(upright) is upright                                    # not turned a second time
+    assert np.array_equal(images.eval_transform(Image.open(io.BytesIO(raw)), 48), images.eval_transform(upright, 48))
+    stored = Image.open(io.BytesIO(raw)).convert("RGB")
+    stored.info = {}
+    turned = np.array(images.random_crop(Image.open(io.BytesIO(raw)), 100, np.random.default_rng(3))).astype(int)
+    crop = images.random_crop(stored, 100, np.random.default_rng(3))
+    method = images.UPRIGHT.get(orientation)
+    assert abs(turned - np.array(crop if method is None else crop.transpose(method))).mean() < 3
+
+
+def test_damaged_exif_data_leave_the_image_as_it_is(photo):
+    assert np.array_equal(images.open_image(held(photo, 9)), images.open_image(held(photo, 1)))
+
+
+def saved(image, kind, **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def test_black_icons_on_nothing_are_black_on_white_in_every_kind_of_file():
+    icon = Image.new("RGBA", (40, 30))
+    ImageDraw.Draw(icon).rectangle((10, 10, 29, 19), "black")
+    grey, palette = icon.convert("LA"), icon.quantize(4)
+    red = Image.new("RGB", (40, 30), "red")
+    expected = np.full((30, 40, 3), 255)
+    expected[10:20, 10:30] = 0
+    files = [saved(icon, "PNG"), saved(icon, "WEBP", lossless=True), saved(icon, "GIF"), saved(grey, "PNG"), saved(palette, "PNG"),
+             saved(icon, "GIF", save_all=True, append_images=[red]),         # of an animation the first picture
+             saved(ImageOps.invert(icon.getchannel("A")), "PNG", transparency=255)]
+    for raw in files:
+        assert np.array_equal(images.open_image(raw), expected)
+        for transform in (images.eval_transform, lambda image, size: np.asarray(
+                images.random_crop(image, size, np.random.default_rng(0))).transpose(2, 0, 1)):
+            seen = transform(Image.open(io.BytesIO(raw)), 32)                # in training also through a crop
+            assert seen.min() == 0 and seen.max() == 255 and seen.mean() > 100
+    assert np.array_equal(images.rgb(icon.convert("PA")), expected)
+
+
+def test_grey_of_one_and_sixteen_bits_and_cmyk_keep_their_brightness():
+    for image, kind in ((Image.new("1", (9, 9), 1), "PNG"), (Image.new("I;16", (9, 9), 65535), "PNG"),
+                        (Image.new("CMYK", (9, 9), (0, 0, 0, 0)), "JPEG")):
+        assert np.asarray(images.open_image(saved(image, kind))).min() == 255
+    assert images.rgb(Image.new("I", (1, 1), 1 << 15)).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_an_image_opened_for_a_size_is_decoded_at_twice_that_size_or_more(photo):
+    raw = saved(photo.resize((1600, 1200)), "JPEG")
+    small = images.open_image(raw, 150)
+    assert small.size == (400, 300)
+    whole = images.eval_transform(images.open_image(raw), 150).astype(int)
+    assert abs(images.eval_transform(small, 150) - whole).mean() < 1
+    assert images.open_image(raw, 900).size == (1600, 1200)

@@ -4,6 +4,8 @@
     python tests/campaigns/bench_data.py images [--photos DIR]           224 px images/s on one core, beside Pillow decoding alone
     python tests/campaigns/bench_data.py memory --dir BIG [--pairs 5000000 --pictures 1000000]
                                                                resident memory of training, beside 10,000 records
+    python tests/campaigns/bench_data.py search [--photographs 200]  peak memory of search.py over 20 JPEGs of 12 megapixels, and
+                                                               over so many
 """
 import argparse
 import io
@@ -170,9 +172,33 @@ def bench_memory(args):
                                         for p, size in results[name].items()) + f", {seconds:.0f} s", flush=True)
 
 
+def bench_search(args):
+    """The JPEGs are links to twenty: what counts is how many are decoded."""
+    import dataclasses
+    from model import CCLM, PRESETS
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        folder, tokenizer = pathlib.Path(folder), data.demo_tokenizer(4000)
+        config = dataclasses.replace(PRESETS["demo"], vocabulary=tokenizer.size)
+        torch.save({"model": CCLM(config).state_dict(), "step": 1, "tokenizer": tokenizer.model,
+                    "config": {"model": dataclasses.asdict(config), "train": {}}}, folder / "ckpt.pt")
+        for i in range(20):
+            (folder / f"{i}.jpg").write_bytes(picture(i, 4000, 3000))
+        for count in (20, args.photographs):
+            (folder / str(count)).mkdir()
+            for i in range(count):
+                os.link(folder / f"{i % 20}.jpg", folder / str(count) / f"{i:06}.jpg")
+            code = ("import resource, sys, search; status = search.main(sys.argv[1:]); "
+                    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr); sys.exit(status)")
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", code, "--ckpt", folder / "ckpt.pt", "--images", folder / str(count),
+                                   "--html", folder / "g.html", "a dog"], cwd=ROOT, capture_output=True, text=True, check=True)
+            print(f"search over {count:6,} JPEGs of 12 megapixels: peak {done.stderr.strip()} MB, "
+                  f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["index", "images", "memory"])
+    parser.add_argument("what", choices=["index", "images", "memory", "search"])
     parser.add_argument("--dir", help="where large files may lie")
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--count", type=int, default=300)
@@ -180,7 +206,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=5_000_000)
     parser.add_argument("--pictures", type=int, default=1_000_000)
+    parser.add_argument("--photographs", type=int, default=200)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"                                      # of the runs of train.py
     torch.set_num_threads(1)                                                 # as in a worker of the DataLoader
-    {"index": bench_index, "images": bench_images, "memory": bench_memory}[args.what](args)
+    {"index": bench_index, "images": bench_images, "memory": bench_memory, "search": bench_search}[args.what](args)
