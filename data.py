@@ -65,11 +65,9 @@ def run(main):
 
 
 def check_target(file):
-    """ValueError before the work, not after it, when an output file cannot be written."""
-    if not file:
-        return
-    new = file.is_file() or not file.exists()                   # see write_output
-    if file.is_dir() or not os.access(file.parent if new else file, os.W_OK):
+    """ValueError before the work, not after it, when write_output cannot write a file."""
+    beside = file and (file.is_file() or not file.exists())
+    if file and (file.is_dir() or not os.access(file.parent if beside else file, os.W_OK)):
         raise ValueError(f"{file} cannot be written")
 
 

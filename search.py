@@ -9,48 +9,36 @@ Letters: I images, Q queries, E embedding.
 """
 import argparse
 import base64
-import functools
 import html
 import io
 import os
 import pathlib
 import sys
-from typing import NamedTuple
 
 import torch
 
 import data
 import evaluate
 from formats.images import open_image
-from formats.records import BadRecord, reading
+from formats.records import SUFFIXES, reason
 from formats.sources import ImageFiles, parse_all
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")           # what is taken for an image
 THUMBNAIL = 160                                         # pixels of the longer side
 HEAD = ('<!doctype html><meta charset="utf-8"><title>Images by sentences</title>'
         "<style>figure {display: inline-block; vertical-align: top}</style>")
 
 
-class Picture(NamedTuple):
-    name: str
-    open: object                        # function: the size it is wanted for -> RGB image
-
-
 def find_pictures(argument):
-    """A folder with pictures, at any depth, or what train.py --images reads -> [Picture]."""
+    """A folder with pictures, at any depth, or what train.py --images reads -> [(name, function
+    without arguments -> path or bytes)]."""
     files = sorted(file for file in pathlib.Path(argument).rglob("*")
                    if file.suffix.lower() in SUFFIXES and file.is_file())
     if files:
-        return [Picture(str(file), functools.partial(open_image, file)) for file in files]
+        return [(str(file), lambda file=file: file) for file in files]
     dataset = ImageFiles(parse_all([argument]), None)
     records = map(dataset.find, range(len(dataset)))
-    return [Picture(reader.where(i), functools.partial(open_record, reader, i))
+    return [(reader.where(i), lambda reader=reader, i=i: reader.record(i)[0])
             for reader, i in records]
-
-
-def open_record(reader, i, size):
-    with reading(reader, i):
-        return open_image(reader.record(i)[0], size)
 
 
 def encode_pictures(model, pictures):
@@ -60,13 +48,13 @@ def encode_pictures(model, pictures):
     errors = []
 
     def images():
-        for picture in pictures:
+        for name, read in pictures:
             try:
-                image = picture.open(model.config.image_size)
-            except (ValueError, BadRecord) as error:
-                errors.append(str(error))           # the exception itself would keep the image
+                image = open_image(read(), model.config.image_size)
+            except Exception as error:              # broad for the reasons of records.reading
+                errors.append(f"{name}: {reason(error)}")
                 continue
-            readable.append(picture)
+            readable.append((name, read))
             yield image
 
     vectors = [view.vectors for view in evaluate.image_batches(model, images())]
@@ -91,15 +79,15 @@ def best_images(model, tokenizer, queries, vectors, top):
     return cosine.topk(min(top, len(vectors)), 1)                            # (Q, I) -> (Q, top)
 
 
-def figure(rank, score, picture):
+def figure(rank, score, name, read):
     """A small copy of an image and its caption as HTML; the file's name is escaped."""
-    image = picture.open(THUMBNAIL)
+    image = open_image(read(), THUMBNAIL)
     png = io.BytesIO()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     image.save(png, "PNG")
-    copy = base64.b64encode(png.getvalue()).decode()
-    name = html.escape(os.path.basename(picture.name))
-    return (f'<figure><img alt="" src="data:image/png;base64,{copy}">'
+    picture = base64.b64encode(png.getvalue()).decode()
+    name = html.escape(os.path.basename(name))
+    return (f'<figure><img alt="" src="data:image/png;base64,{picture}">'
             f"<figcaption>{rank}. {name} {score:.3f}</figcaption></figure>")
 
 
@@ -108,9 +96,9 @@ def search(args, device):
     if args.top < 1:
         raise ValueError(f"--top {args.top} must be at least 1")
     check_queries(args.queries)
-    pictures = find_pictures(args.images)
+    found = find_pictures(args.images)
     model, tokenizer = evaluate.load(args.ckpt, device)
-    pictures, vectors = encode_pictures(model, pictures)
+    pictures, vectors = encode_pictures(model, found)
     cosines, images = best_images(model, tokenizer, args.queries, vectors, args.top)
     page = [HEAD]
     lines = []
@@ -121,8 +109,8 @@ def search(args, device):
         lines.append(query)
         page.append(f'<h2 dir="auto">{html.escape(query)}</h2>')
         for rank, (score, i) in enumerate(zip(scores, numbers), 1):
-            lines.append(f"{rank:4}  {score:6.3f}  {pictures[i].name}")
-            page.append(figure(rank, score, pictures[i]))
+            lines.append(f"{rank:4}  {score:6.3f}  {pictures[i][0]}")
+            page.append(figure(rank, score, *pictures[i]))
     # Before the lines, whose reader may end (| head). A name that is not UTF-8 is escaped.
     data.write_output(args.html, "\n".join(page).encode("utf-8", "backslashreplace"))
     print(*lines, f"\nwrote {args.html}", sep="\n")

@@ -2,7 +2,7 @@
 
     undecoded          bytes or a path -> Pillow image that is not decoded yet
     rgb                Pillow image -> upright and RGB: one rule for training, evaluation and search
-    open_image         path or bytes -> RGB image
+    open_image         bytes or a path -> RGB image
     train_transform    Pillow image -> random crop, resized, mirrored, RandAugment: (3, s, s) uint8
     eval_transform     Pillow image -> the whole, resized: (3, s, s) uint8
     normalise          (B, 3, s, s) uint8 -> float32, what a model takes
@@ -67,19 +67,12 @@ def rgb(image):
 
 
 def open_image(picture, size=None):
-    """Path or bytes -> RGB image; ValueError that names the file when it is missing or no image.
-    size: what it will be resized to. A large JPEG is then decoded at 1/2, 1/4 or 1/8, which is
-    faster and takes less memory, but not below twice that size."""
-    name = "" if isinstance(picture, bytes) else f"{picture}: "
-    try:
-        with undecoded(picture) as image:
-            if size:
-                image.draft("RGB", (2 * size, 2 * size))
-            return rgb(image)
-    except FileNotFoundError:
-        raise ValueError(f"{name}no such image") from None
-    except Exception as error:                      # on damaged bytes Pillow raises almost anything
-        raise ValueError(f"{name}not a readable image ({error})") from None
+    """Bytes or a path -> RGB image. size: what it will be resized to. A JPEG is then decoded at
+    1/2, 1/4 or 1/8, which is faster and takes less memory, but not below twice that size."""
+    with undecoded(picture) as image:
+        if size:
+            image.draft("RGB", (2 * size, 2 * size))
+        return rgb(image)
 
 
 # --------------------------------------------------------------------------------------------------
