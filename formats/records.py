@@ -53,9 +53,7 @@ OTHERS = COMPRESSED | {
         f"looks like the captions JSON of COCO or Karpathy: {LINES}",
     rb"\S+\.(jpg|jpeg|png)(#\d+)?\t": f"looks like a list of pictures with captions: {LINES}",
     rb'"?(image|file)\w*"?[,|]': f"looks like CSV: {LINES}"}
-# Two or three letters after a dot that are no language.
-NO_LANGUAGES = ("bak bin cfg csv doc gif gz htm ids idx ini jpg log md mp3 npy old pdf pkl png py sgm "
-                "tar tex tmp tsv txt xml xz yml zip").split()
+NO_LANGUAGES = "bak bin cfg csv doc gz ids idx ini log md npy old pdf py tmp txt xml xz zip".split()
 
 
 class BadRecord(Exception):
@@ -90,6 +88,11 @@ def is_language(suffix):
     """Does it look like a language code: en, ceb, pt-BR, zh_Hans?"""
     code = re.fullmatch(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,4})*", suffix)
     return bool(code) and suffix not in NO_LANGUAGES
+
+
+def is_picture(file):
+    name = os.path.basename(file)
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
 
 
 def languages_of_name(path):
@@ -193,60 +196,49 @@ def scan_tar(file, size):
     yield size, np.array(rows, np.int64)
 
 
-class Stretch:
-    """The part of a tar in which the members of one KEY lie."""
-
-    def __init__(self, key, start):
-        self.key = key
-        self.start = start
-        self.end = start
-        self.parts = set()
-
-    def goes_on(self, key, part):
-        """May this member be followed by others of our KEY? tar --sort=name puts a.b.jpg between
-        a.jpg and a.txt."""
-        return part not in self.parts if key == self.key else key.startswith(f"{self.key}.")
-
-    def complete(self):
-        return "image" in self.parts and len(self.parts) > 1
-
-    def rows(self, damaged):
-        """damaged: was there a stretch before our end that cannot be read?"""
-        return [LOST] * (damaged and self.complete()) + [(self.start, self.end)]
-
-
 def tar_rows(file, size):
-    """The members of one KEY lie side by side. A damaged stretch took members of the KEY before it,
-    of the KEY after it, or whole records: if both KEYs are complete, a row LOST stands for what is
-    gone. So damage is counted, once."""
-    open_ones = []                                                  # KEYs that may go on
+    """The members of one KEY lie side by side, but --sort=name puts a.b.jpg between a.jpg and
+    a.txt: a KEY ends at a member whose KEY is another and does not begin with it and a dot. A
+    damaged stretch took members of the KEY before it, of the KEY after it, or whole records: if
+    both KEYs are complete, a row LOST stands for what is gone. So damage is counted, once."""
+    lasting = []                                # (KEY, its parts, [start, end]); most often one
     damaged = False
     for member in tar_members(file, 0, size):
         if member is None:
-            if all(stretch.complete() for stretch in open_ones):    # not hurt themselves
-                yield from ((stretch.start, stretch.end) for stretch in open_ones)
-                open_ones.clear()
+            if all(complete(parts) for _, parts, _ in lasting):     # not hurt themselves
+                yield from ended(lasting, False)
+                lasting = []
             damaged = True
             continue
         key, part = key_and_part(member)
         if not part:
             continue
-        count = len(open_ones)
-        while count and not open_ones[count - 1].goes_on(key, part):
-            count -= 1
-        for stretch in open_ones[count:]:
-            yield from stretch.rows(damaged)
+        before = lasting
+        lasting = [row for row in before if key.startswith(f"{row[0]}.")
+                   or key == row[0] and part not in row[1]]
+        if len(lasting) < len(before):
+            yield from ended(before[len(lasting):], damaged)
             damaged = False
-        del open_ones[count:]
-        if not open_ones or open_ones[-1].key != key:
-            open_ones.append(Stretch(key, member.offset))
-        open_ones[-1].parts.add(part)
-        open_ones[-1].end = member.offset_data + max(member.size, 0)
-    for stretch in open_ones:
-        yield from stretch.rows(damaged)
-        damaged = False
-    if damaged:
+        if not lasting or lasting[-1][0] != key:
+            lasting.append((key, set(), [member.offset, 0]))
+        lasting[-1][1].add(part)
+        lasting[-1][2][1] = member.offset_data + max(member.size, 0)
+    yield from ended(lasting, damaged)
+    if damaged and not lasting:
         yield LOST
+
+
+def complete(parts):
+    return "image" in parts and len(parts) > 1
+
+
+def ended(rows, damaged):
+    """What to write when KEYs end. damaged: was there a stretch that cannot be read?"""
+    for _, parts, row in rows:
+        if damaged and complete(parts):
+            yield LOST
+        damaged = False
+        yield row
 
 
 def key_and_part(member):
@@ -360,7 +352,7 @@ class Tar(Reader):
             if "image" not in members:
                 raise ValueError("no image next to it (tar --sort=name keeps a KEY together), or "
                                  "it is a link, or its header is broken")
-            return read_member(file, members["image"]), self.captions(file, members)
+            return self.part(file, members["image"]), self.captions(file, members)
 
     def texts(self, i):
         with self.opened() as file:
@@ -378,13 +370,15 @@ class Tar(Reader):
         return found
 
     def captions(self, file, members):
-        texts = {part: read_member(file, members[part]) for part in members if part != "image"}
+        texts = {k: self.part(file, members[k]) for k in members if k != "image"}
         return beside(texts.get("json"), texts.get("txt"), self.names)
+
+    def part(self, file, member):
+        return read(file, member.offset_data, member.size)
 
 
 class Pictures(Reader):
-    """A folder and the folders in it. The names of the pictures are kept in memory, so large data
-    are better put into tars."""
+    """A folder and the folders in it. The names of its pictures stay in memory."""
     images = True
 
     def __init__(self, path, names=()):
@@ -392,19 +386,13 @@ class Pictures(Reader):
         self.names = names
         found = sorted(os.path.join(folder, name) for folder, _, files in os.walk(path)
                        for name in files if not name.startswith("."))
-        stems = [os.path.splitext(file) for file in found]
-        self.files = np.array([os.fsencode(stem + suffix) for stem, suffix in stems
-                               if suffix.lower() in SUFFIXES])
-        # Languages of all KEY.LANGUAGE.txt: a picture is asked for these.
-        tags = {os.path.splitext(stem)[1][1:] for stem, suffix in stems if suffix == ".txt"}
-        self.languages = sorted(filter(is_language, tags))
+        self.files = np.array([os.fsencode(file) for file in found if is_picture(file)])
+        self.size = sum(map(os.path.getsize, self.files))
+        tags = [file.rsplit(".", 2)[-2] for file in found if file.endswith(".txt")]
+        self.languages = sorted(set(filter(is_language, tags)))     # of all KEY.LANGUAGE.txt
 
     def __len__(self):
         return len(self.files)
-
-    @property
-    def size(self):
-        return sum(map(os.path.getsize, self.files))
 
     def where(self, i):
         return os.fsdecode(self.files[i])
@@ -414,14 +402,13 @@ class Pictures(Reader):
 
     def texts(self, i):
         stem = os.path.splitext(self.where(i))[0]
-        suffixes = [".json", ".txt", *(f".{language}.txt" for language in self.languages)]
-        texts = {suffix: read_file(stem + suffix) for suffix in suffixes
-                 if os.path.isfile(stem + suffix)}
-        found = [{suffix[1:-4]: text.decode("utf-8-sig").strip()}
-                 for suffix, text in texts.items() if suffix.count(".") == 2]
-        if not found or ".json" in texts or ".txt" in texts:
-            found.append(beside(texts.get(".json"), texts.get(".txt"), self.names))
-        return captions(found, ())
+        paths = {k: f"{stem}{k}" for k in (".json", ".txt", *(f".{x}.txt" for x in self.languages))}
+        texts = {k: read_file(path) for k, path in paths.items() if os.path.isfile(path)}
+        found = {k: texts[f".{k}.txt"].decode("utf-8-sig").strip() for k in self.languages
+                 if f".{k}.txt" in texts}
+        if found:                               # they go before KEY.json and KEY.txt
+            return captions(found, ())
+        return beside(texts.get(".json"), texts.get(".txt"), self.names)
 
 
 class ImageLines(Reader):
@@ -491,17 +478,16 @@ class Columns(Reader):
         return pair(columns, self.names)
 
     def notes(self):
+        heads = {"source", "target", "src", "tgt", "trg", "score", *self.names}
         found = []
-        heads = {"source", "target", "src", "tgt", "trg", "score", "sentence1", "sentence2", *self.names}
-        if self.first and {cell.strip('"').lower() for cell in self.first[0]} & heads:
-            found.append(f"line 1 looks like a header: {' '.join(self.first[0])[:60]}")
-        for k in range(max(map(len, self.first), default=0)):
-            cells = [row[k] for row in self.first if len(row) > k]
-            if 2 * sum(cell[:1] == cell[-1:] == '"' for cell in cells) > len(cells):
-                found.append(f"column {k + 1} is in quotes, which stay in the text")
-            if 2 * sum(map(is_number, cells)) > len(cells):
-                found.append(f"column {k + 1} holds numbers: " + (
-                    "it is left out as a score" if len(self.first[0]) == 3 else "is it a text?"))
+        if self.first and heads.intersection(cell.strip('"').lower() for cell in self.first[0]):
+            found.append("line 1 looks like a header")
+        for number, cells in enumerate(zip(*self.first), 1):
+            if sum(cell[:1] == cell[-1:] == '"' for cell in cells) > len(cells) / 2:
+                found.append(f"column {number} is in quotes; they are read as text")
+            if sum(map(is_number, cells)) > len(cells) / 2:
+                use = "a score, not read" if len(self.first[0]) == 3 else "read as text"
+                found.append(f"column {number} holds numbers: {use}")
         return found
 
 
@@ -531,6 +517,8 @@ class PlainText(Reader):
 # --------------------------------------------------------------------------------------------------
 
 def read(file, start, length):
+    if length < 0:
+        raise ValueError("its header is broken")
     if length > LARGEST:
         raise ValueError(f"a record of {length:,} bytes is longer than {LARGEST:,}")
     file.seek(start)
@@ -538,12 +526,6 @@ def read(file, start, length):
     if len(raw) < length:
         raise ValueError("the file ends inside the record")
     return raw
-
-
-def read_member(file, member):
-    if member.size < 0:
-        raise ValueError("its header is broken")
-    return read(file, member.offset_data, member.size)
 
 
 def read_file(path):

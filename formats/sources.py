@@ -24,7 +24,7 @@ from tqdm import tqdm
 from formats import images
 from formats.records import (IMAGE_KEYS, SUFFIXES, TOLERATED, WINDOW, BadRecord, Columns,
                              ImageLines, PairLines, Pictures, PlainText, Tar, identity, indexed,
-                             is_language, languages_of_name, other_layout, reading)
+                             is_language, is_picture, languages_of_name, other_layout, reading)
 
 NAMED = (".tar", ".tsv", ".jsonl", ".json")     # any other suffix is the language of plain text
 
@@ -90,24 +90,21 @@ def files_of(pattern):
 def data_of_folder(folder):
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
     keys = {os.path.splitext(name)[0] for name in names if is_picture(name)}
-    data = []
-    for name in names:
-        key, suffix = os.path.splitext(name)
-        records = suffix.lower() in NAMED or name.startswith("part-")
-        # KEY.json beside a picture holds its caption.
-        if records and not is_left_alone(name) and not (suffix.lower() == ".json" and key in keys):
-            data.append(os.path.join(folder, name))
-    if data:
-        return data
-    if any(is_picture(name) for _, _, files in os.walk(folder) for name in files):
+    beside = {name for name in names if os.path.splitext(name)[0] in keys}      # KEY.json
+    files = [os.path.join(folder, name) for name in names if is_data(name) and name not in beside]
+    if files:
+        return files
+    if any(is_picture(name) for _, _, deeper in os.walk(folder) for name in deeper):
         return [folder]
     some = " ".join(sorted(os.listdir(folder))[:5]) or "nothing"
-    raise ValueError(f"{folder} holds no picture and no file {' '.join(NAMED)} part-*, but {some} "
-                     f"(of plain text say FOLDER/NAME.*, of files deeper inside FOLDER/**/*.tar)")
+    raise ValueError(f"{folder} holds no picture and no {' '.join(NAMED)} or part-* file, but "
+                     f"{some} (say FOLDER/NAME.* of plain text, FOLDER/**/*.tar of files deeper "
+                     f"inside)")
 
 
-def is_picture(name):
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+def is_data(name):
+    suffix = os.path.splitext(name)[1].lower()
+    return (suffix in NAMED or name.startswith("part-")) and not is_left_alone(name)
 
 
 def is_left_alone(name):
@@ -153,31 +150,29 @@ def open_readers(source, kind=None, languages=(), cache=None, root=None):
             readers.append(PairLines(file, source.languages, cache) if pairs else lines)
         else:
             plain.setdefault(stem, {})[suffix[1:]] = file
-    readers += plain_texts(plain, languages, cache)
+    readers += plain_texts(plain, len(source.files), languages, cache)
     for reader in readers:
         check(reader, kind, source.languages)
     return readers
 
 
-def plain_texts(groups, languages, cache):
-    """{NAME: {suffix: file}} -> readers. Files without the suffix of a language are left out."""
+def plain_texts(groups, count, languages, cache):
+    """{NAME: {suffix: file}} -> readers. Files whose suffix is no language are left out by name;
+    ValueError when these are all of the source, which has `count`."""
     readers = []
     left_out = []
     for stem, group in groups.items():
-        codes = {suffix for suffix in group if is_language(suffix) or suffix in languages}
-        pair = set(languages_of_name(f"{stem}.x"))
-        if pair <= codes:                       # OPUS: NAME.de-en.de NAME.de-en.en NAME.de-en.ids
-            codes = pair or codes
+        codes = set(filter(is_language, group))
+        pair = set(languages_of_name(f"{stem}.x"))                  # OPUS: NAME.de-en.*
+        codes = pair if pair and pair <= codes else codes
         left_out += [group[suffix] for suffix in sorted(group.keys() - codes)]
         wanted = {k: group[k] for k in group if k in codes and k in (languages or codes)}
-        if len(codes) == 1 or len(wanted) > 1:
+        if len(codes) == 1 or len(wanted) > 1:                      # one alone is refused there
             readers.append(PlainText(f"{stem}.*", wanted, cache))
     if left_out:
         why = other_layout(left_out[0]) or "has no suffix of a language"
-        message = f"{left_out[0]} {why}"
-        if len(left_out) > 1:
-            message += f"; likewise {' '.join(left_out[1:5])}, {len(left_out)} in all"
-        if len(left_out) == sum(map(len, groups.values())):
+        message = " ".join([left_out[0], why, *left_out[1:5]])
+        if len(left_out) == count:
             raise ValueError(message)
         print("left out:", message, file=sys.stderr)
     return readers
