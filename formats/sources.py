@@ -51,7 +51,7 @@ def parse(argument):
         what, root, names, weight = re.fullmatch(
             r"(.*?)(?::([^:]+?))?(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument,
             re.DOTALL).groups()
-    files = [file for pattern in without_braces(what) for file in files_of(pattern)]
+    files = {file for pattern in without_braces(what) for file in files_of(pattern)}
     if root and not os.path.isdir(root):
         raise ValueError(f"{argument}: no folder {root}; after : stands that of the images")
     if weight and not float(weight):
