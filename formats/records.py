@@ -17,6 +17,7 @@ in the cache folder, and a record is read from its offset: all orders of reading
 """
 import base64
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -49,10 +50,10 @@ LINES = 'docs/data.md, "Other layouts", has the command that makes JSON lines of
 OTHERS = COMPRESSED | {
     rb"PAR1": f"is a Parquet file: {LINES}",
     rb"\s*\[": f"is one JSON array: {LINES}",
-    rb'(?s)\s*\{.*"(images|annotations)"\s*:\s*\[\s*\{':
+    rb'(?s)\s*\{(.*"images"|\s*"annotations")\s*:\s*\[\s*\{':
         f"looks like the captions JSON of COCO or Karpathy: {LINES}",
     rb"\S+\.(jpg|jpeg|png)(#\d+)?\t": f"looks like a list of pictures with captions: {LINES}",
-    rb'"?(image|file)\w*"?[,|]': f"looks like CSV: {LINES}"}
+    rb'"?(image|file)\w*"?[,|][^\t\n]*\n': f"looks like CSV: {LINES}"}
 NO_LANGUAGES = "bak bin cfg csv doc gz ids idx ini log md npy old pdf py tmp txt xml xz zip".split()
 
 
@@ -250,14 +251,20 @@ def key_and_part(member):
     return key, PARTS.get(suffix.lower())
 
 
+@functools.cache
+def empty_archive():
+    """For its settings: tarfile needs 0.1 ms to make one."""
+    return tarfile.open(fileobj=io.BytesIO(bytes(1024)))
+
+
 def tar_members(file, start, end):
     """tarfile.TarInfo of every member from start to end, None for a block of 512 bytes that is no
     header.
 
     tarfile reads the headers, but the loop is ours: tarfile.open(ignore_zeros=True) passes over
     damage silently, and ends for ever at a long name whose member is damaged."""
-    # An empty archive, for its settings.
-    tar = tarfile.open(fileobj=io.BytesIO(bytes(1024)))
+    tar = copy.copy(empty_archive())
+    tar.pax_headers = {}
     tar.fileobj = file
     position = start
     while position < end:
@@ -482,12 +489,13 @@ class Columns(Reader):
         found = []
         if self.first and heads.intersection(cell.strip('"').lower() for cell in self.first[0]):
             found.append("line 1 looks like a header")
-        for number, cells in enumerate(zip(*self.first), 1):
+        for k, cells in enumerate(zip(*self.first)):
             if sum(cell[:1] == cell[-1:] == '"' for cell in cells) > len(cells) / 2:
-                found.append(f"column {number} is in quotes; they are read as text")
+                found.append(f"column {k + 1} is in quotes; they are read as text")
             if sum(map(is_number, cells)) > len(cells) / 2:
-                use = "a score, not read" if len(self.first[0]) == 3 else "read as text"
-                found.append(f"column {number} holds numbers: {use}")
+                score = len(self.first[0]) == 3 and k == self.score
+                use = "a score, not read" if score else "read as text"
+                found.append(f"column {k + 1} holds numbers: {use}")
         return found
 
 
@@ -537,11 +545,7 @@ def read_file(path):
 
 
 def is_number(text):
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return bool(re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", text.strip()))
 
 
 def pick(row, keys):

@@ -174,7 +174,8 @@ def plain_texts(groups, count, languages, cache):
         message = " ".join([left_out[0], why, *left_out[1:5]])
         if len(left_out) == count:
             raise ValueError(message)
-        print("left out:", message, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":                      # one process says it for all
+            print("left out:", message, file=sys.stderr)
     return readers
 
 
