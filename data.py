@@ -31,8 +31,8 @@ import torch
 
 from demo.datasets import DemoImages, DemoParallel, training_texts
 from formats import doctor
-from formats.records import TOLERATED, BadRecord, reason
-from formats.sources import ImageFiles, PairFiles, parse_all
+from formats.records import TOLERATED, WINDOW, BadRecord, reason
+from formats.sources import Files, ImageFiles, PairFiles, parse_all
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3             # XLM-R's ids; docs/paper.md, "Text encoder"
 
@@ -243,6 +243,9 @@ class Mixture:
         k = bisect.bisect_right(self.starts, index) - 1
         return self.datasets[k][index - self.starts[k], rng]
 
+    def languages(self, needed=()):
+        return sorted({k for dataset in self.datasets for k in dataset.languages(needed)})
+
     def locate(self, position):
         """A position -> (position in the endless sequence of one dataset, its first index, its
         number of records)."""
@@ -274,6 +277,7 @@ class Stream(NamedTuple):
     longest: int = 64                           # tokens of a sentence with <s> and </s>
     mask_probability: float = 0.4
     most_masked: int = 20                       # tokens of a sentence
+    max_bad: float = TOLERATED                  # share of bad records that stops no run
 
 
 def pack(sentences):
@@ -347,7 +351,8 @@ class Batches(torch.utils.data.Dataset):
         the run stops before it trains on this batch."""
         number, _, index = key
         dataset = self.streams[number].dataset
-        for i in range(index, index + TOLERATED + 1):
+        most = round(self.streams[number].max_bad * WINDOW) + 1
+        for i in range(index, index + most):
             rng = generator(self.seed, *key)
             try:
                 record = dataset[i % len(dataset), rng]
@@ -358,8 +363,8 @@ class Batches(torch.utils.data.Dataset):
             self.last_good[number] = record
             return *record, rng
         if self.last_good[number] is None:
-            raise ValueError(f"the first {TOLERATED + 1} records were bad, the last: "
-                             f"{bad_records[-1]}; `python data.py FILES` names them all")
+            raise ValueError(f"the first {most} records were bad, the last: {bad_records[-1]}; "
+                             f"`python data.py FILES --list OUT` names them all")
         return *self.last_good[number], rng
 
     def encode(self, texts, longest, stats):
@@ -413,6 +418,9 @@ class HeldOut:
         index, rng = key
         return self.dataset[index + index // (self.k - 1), rng]    # one is left out after k - 1
 
+    def languages(self, needed=()):
+        return self.dataset.languages(needed)
+
     def rows(self):
         """The records that are held out, as evaluate.retrieval wants them. Bad ones are no rows."""
         rows = []
@@ -424,18 +432,36 @@ class HeldOut:
 
 def streams(args, size):
     """Settings of train.py -> (dataset of images, dataset of parallel text or None)."""
-    if args.images in (None, ["demo"]):
+    demo = args.images in (None, ["demo"])
+    if demo:
         images = DemoImages(scenes=args.scenes, keywords=args.keywords, size=size)
     else:
         images = files(ImageFiles, args.images, size, args.languages, args.cache,
                        args.image_root)
     texts = None
-    demo = args.images in (None, ["demo"]) and not args.texts
-    if args.parallel_text and (demo or args.texts == ["demo"]):
+    if args.parallel_text and (args.texts == ["demo"] or demo and not args.texts):
         texts = DemoParallel(scenes=args.text_scenes)
     elif args.parallel_text and args.texts:
         texts = files(PairFiles, args.texts, args.languages, args.cache)
+    if args.languages:
+        check_languages(args, size, [dataset for dataset in (images, texts) if dataset])
     return images, texts
+
+
+def check_languages(args, size, datasets):
+    """ValueError where --languages names one that is nowhere, or the data are the demo's."""
+    if not any(isinstance(dataset, (Mixture, Files)) for dataset in datasets):
+        raise ValueError("--languages chooses among those of your own files: give some, or leave "
+                         "it out")
+    missing = set(args.languages)
+    for needed in (False, True):                # first a sample; every record only if one is rare
+        for dataset in datasets:
+            missing -= set(dataset.languages(missing if needed else ()))
+    if missing:
+        everything = argparse.Namespace(**vars(args) | {"languages": None})
+        found = {k for dataset in streams(everything, size) if dataset for k in dataset.languages()}
+        raise ValueError(f"--languages: no record is in {' '.join(sorted(missing))}; there are "
+                         f"{' '.join(sorted(found))}")
 
 
 def arguments_parser(name):

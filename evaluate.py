@@ -299,7 +299,8 @@ def retrieval(model, tokenizer, rows, languages=None, rerank=16, trained=(), pro
     result = {}
     training = model.training
     try:
-        all_images = encode_images(model.eval(), [row["image"] for row in rows])
+        pictures = [row["image"]() if callable(row["image"]) else row["image"] for row in rows]
+        all_images = encode_images(model.eval(), pictures)
         for k in tqdm(languages, disable=not progress, leave=False):
             index = [i for i, row in enumerate(rows) if row["captions"].get(k)]
             images = select(all_images, torch.tensor(index, device=all_images.states.device))
@@ -454,7 +455,8 @@ def evaluation_set(name):
         return emoji.split(name.removeprefix("demo:"))
     dataset = ImageFiles(parse_all([name]), None)
     try:
-        return [dataset.row(i) for i in range(len(dataset))]
+        rows = [dataset.row(i) for i in range(len(dataset))]
+        return [row | {"image": row["image"]()} for row in rows]
     except BadRecord as error:
         raise ValueError(error) from None
 

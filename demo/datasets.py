@@ -31,13 +31,16 @@ class DemoImages:
     def __init__(self, languages=None, scenes=0.25, keywords=0.1, size=emoji.SIZE):
         self.drawings = emoji.training_drawings()
         self.concepts = list(self.drawings)
-        self.languages = languages or emoji.languages("seen")
+        self.codes = languages or emoji.languages("seen")
         self.length = len(self.concepts) + round(scenes * len(self.concepts))
         self.keywords = keywords
         self.size = size
 
     def __len__(self):
         return self.length
+
+    def languages(self, needed=()):
+        return sorted(self.codes)
 
     def choose(self, index, rng):
         """Concept numbers of example `index`."""
@@ -51,7 +54,7 @@ class DemoImages:
         index, rng = key
         chosen = self.choose(index, rng)
         names = [self.concepts[i] for i in chosen]
-        language = self.languages[rng.integers(len(self.languages))]
+        language = self.codes[rng.integers(len(self.codes))]
         drawings = [self.drawings[name] for name in names]
         image = emoji.draw([styles[rng.integers(len(styles))] for styles in drawings], rng)
         if len(names) == 1 and rng.random() < self.keywords:
@@ -71,12 +74,15 @@ class DemoParallel(DemoImages):
         super().__init__(languages, scenes)
         self.others = others or emoji.languages("text_only")
 
+    def languages(self, needed=()):
+        return sorted([*self.codes, *self.others])
+
     def __getitem__(self, key):
         """(index, rng) -> sentence a, sentence b, id. Which is a and which is b is random."""
         index, rng = key
         chosen = self.choose(index, rng)
         names = [self.concepts[i] for i in chosen]
         pair = [emoji.caption(names, group[rng.integers(len(group))])
-                for group in (self.languages, self.others)]
+                for group in (self.codes, self.others)]
         a, b = rng.permutation(2)
         return pair[a], pair[b], concept_id(chosen)

@@ -1,11 +1,14 @@
 """Records of files on disk: what a file holds, without unpacking, converting or copying it.
 
     Tar          webdataset: KEY.jpg|jpeg|png|webp beside KEY.json {"captions": C} or KEY.txt
-    ImageLines   {"image" | "binary" | "img_path": path or base64,
-                  "captions" | "caption" | "desc" | "sentences": C}
-                 C: {language: text or [texts]}, a list of such, a text, or a list of texts
-    PairLines    {"text": {language: text}}, or {"source_text": text, "target_text": text}
-    Columns      two columns with a tab between, or three: a score first (WikiMatrix)
+    Pictures     a folder with the same in files, also KEY.en.txt, KEY.de.txt ...
+    ImageLines   {"image" | "binary" | "img_path" | "file_name": path or base64,
+                  "captions" | "caption" | "desc" | "sentences" | "text": C}
+                 C: {language: text or [texts]}, a list of such, a text, or a list of texts, which
+                 are in the "language" or "lang" of the row
+    PairLines    {"text" | "translation": {language: text}},
+                 or {"source_text": text, "target_text": text}
+    Columns      two columns with a tab between, or three: one of them a score (WikiMatrix)
     PlainText    NAME.en NAME.de ...: line i of each says the same
 
 reader.record(i) -> (bytes of the image, or bytes that identify a pair; {language: [texts]}).
@@ -14,6 +17,8 @@ in the cache folder, and a record is read from its offset: all orders of reading
 """
 import base64
 import contextlib
+import copy
+import functools
 import hashlib
 import io
 import json
@@ -28,13 +33,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-IMAGE_KEYS = ("image", "binary", "img_path")
-CAPTION_KEYS = ("captions", "caption", "desc", "sentences")
+IMAGE_KEYS = ("image", "binary", "img_path", "file_name")
+CAPTION_KEYS = ("captions", "caption", "desc", "sentences", "text")
+LANGUAGE_KEYS = ("language", "lang", "LANGUAGE")
+PAIR_KEYS = ("text", "translation")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PARTS = dict.fromkeys(SUFFIXES, "image") | {".json": "json", ".txt": "txt"}     # of a KEY
 LARGEST = 1 << 28                   # bytes of a record: a longer one is no record but a broken file
-COMPRESSED = rb"\x1f\x8b|PK\x03\x04|BZh\d|\xfd7zX|\(\xb5/\xfd"          # gzip zip bzip2 xz zstd
-TOLERATED = 10                      # bad records among the last WINDOW of a process; more stop it
+TOLERATED = 0.01                    # share of bad records in the last WINDOW; more stop a run
 WINDOW = 1000
+
+# What other layouts begin with -> what they are.
+COMPRESSED = {rb"\x1f\x8b|PK\x03\x04|BZh\d|\xfd7zX|\(\xb5/\xfd":          # gzip zip bzip2 xz zstd
+              "is compressed: unpack it, records are read by offset"}
+LINES = 'docs/data.md, "Other layouts", has the command that makes JSON lines of it'
+OTHERS = COMPRESSED | {
+    rb"PAR1": f"is a Parquet file: {LINES}",
+    rb"\s*\[": f"is one JSON array: {LINES}",
+    rb'(?s)\s*\{(.*"images"|\s*"annotations")\s*:\s*\[\s*\{':
+        f"looks like the captions JSON of COCO or Karpathy: {LINES}",
+    rb"\S+\.(jpg|jpeg|png)(#\d+)?\t": f"looks like a list of pictures with captions: {LINES}",
+    rb'"?(image|file)\w*"?[,|][^\t\n]*\n': f"looks like CSV: {LINES}"}
+NO_LANGUAGES = "bak bin cfg csv doc gz ids idx ini log md npy old pdf py tmp txt xml xz zip".split()
 
 
 class BadRecord(Exception):
@@ -58,14 +78,42 @@ def reason(error):
     if isinstance(error, KeyError):
         text = f"no field {error}"
     text = re.sub("<_io[^>]*>", "", text)                           # Pillow names the buffer
-    return " ".join(text.split())[:240].encode("utf-8", "backslashreplace").decode()
+    return printable(" ".join(text.split())[:240])
+
+
+def printable(text):
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_language(suffix):
+    """Does it look like a language code: en, ceb, pt-BR, zh_Hans?"""
+    code = re.fullmatch(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,4})*", suffix)
+    return bool(code) and suffix not in NO_LANGUAGES
+
+
+def is_picture(file):
+    name = os.path.basename(file)
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+
+
+def languages_of_name(path):
+    """WikiMatrix.de-en.tsv -> ("de", "en"); () where a name has no two."""
+    tagged = re.fullmatch(r"(?:.*[._])?([a-z]{2,3})-([a-z]{2,3})\.\w+", os.path.basename(path))
+    return tagged.groups() if tagged else ()
+
+
+def other_layout(path, layouts=OTHERS):
+    """What a file is that cannot be read as it lies, in words; else ""."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 13)
+    return next((what for start, what in layouts.items() if re.match(start, head)), "")
 
 
 # --------------------------------------------------------------------------------------------------
 # The index: where records start
 # --------------------------------------------------------------------------------------------------
 
-VERSION = 0x334D4C4343              # of the index; also tells an index from another file
+VERSION = 0x344D4C4343              # of the index; also tells an index from another file
 
 
 def indexed(path, scan, cache=None, label=""):
@@ -134,9 +182,8 @@ def scan_lines(file, size):
     yield position, np.array([size])
 
 
-# A row of a tar's index: offset and size of the image, of the text, and whether the text is JSON.
-# A size of -1 says that the record has none.
-EMPTY = (0, -1, 0, -1, 0)
+# A row of a tar's index: where the first header of a KEY starts and where its last member ends.
+LOST = (0, 0)                       # stands for records of which nothing is left
 
 
 def scan_tar(file, size):
@@ -151,58 +198,76 @@ def scan_tar(file, size):
 
 
 def tar_rows(file, size):
-    """The members of one KEY lie side by side: a row ends where the next KEY begins. A damaged
-    stretch took members of the KEY before it, of the KEY after it, or whole records: if both KEYs
-    are complete, an empty row stands for what is lost. So damage is counted, once."""
-    key = None
-    row = list(EMPTY)
+    """The members of one KEY lie side by side, but --sort=name puts a.b.jpg between a.jpg and
+    a.txt: a KEY ends at a member whose KEY is another and does not begin with it and a dot. A
+    damaged stretch took members of the KEY before it, of the KEY after it, or whole records: if
+    both KEYs are complete, a row LOST stands for what is gone. So damage is counted, once."""
+    lasting = []                                # (KEY, its parts, [start, end]); most often one
     damaged = False
-    for member in tar_members(file, size):
+    for member in tar_members(file, 0, size):
         if member is None:
-            if -1 not in row:                                       # complete: not hurt itself
-                yield row
-                key = None
-                row = list(EMPTY)
+            if all(complete(parts) for _, parts, _ in lasting):     # not hurt themselves
+                yield from ended(lasting, False)
+                lasting = []
             damaged = True
             continue
-        folder, _, base = member.name.rpartition("/")
-        stem, _, suffix = base.lower().partition(".")
-        is_image = f".{suffix}" in SUFFIXES
-        is_json = suffix == "json"
-        if not member.isreg() or not (is_image or is_json or suffix == "txt"):
+        key, part = key_and_part(member)
+        if not part:
             continue
-        name = folder, base[:len(stem)]
-        twice = row[1] >= 0 if is_image else row[3] >= 0 and row[4] == is_json
-        if key and (name != key or twice):
-            yield from ended(key, row, damaged)
-            row = list(EMPTY)
+        before = lasting
+        lasting = [row for row in before if key.startswith(f"{row[0]}.")
+                   or key == row[0] and part not in row[1]]
+        if len(lasting) < len(before):
+            yield from ended(before[len(lasting):], damaged)
             damaged = False
-        key = name
-        if is_image:
-            row[:2] = member.offset_data, member.size
-        elif is_json or not row[4]:                                 # KEY.json goes before KEY.txt
-            row[2:] = member.offset_data, member.size, int(is_json)
-    yield from ended(key, row, damaged)
+        if not lasting or lasting[-1][0] != key:
+            lasting.append((key, set(), [member.offset, 0]))
+        lasting[-1][1].add(part)
+        lasting[-1][2][1] = member.offset_data + max(member.size, 0)
+    yield from ended(lasting, damaged)
+    if damaged and not lasting:
+        yield LOST
 
 
-def ended(key, row, damaged):
-    """The rows to write when a KEY ends. damaged: was there a stretch that cannot be read?"""
-    if damaged and (key is None or -1 not in row):
-        yield EMPTY
-    if key:
+def complete(parts):
+    return "image" in parts and len(parts) > 1
+
+
+def ended(rows, damaged):
+    """What to write when KEYs end. damaged: was there a stretch that cannot be read?"""
+    for _, parts, row in rows:
+        if damaged and complete(parts):
+            yield LOST
+        damaged = False
         yield row
 
 
-def tar_members(file, size):
-    """tarfile.TarInfo of every member, None for a block of 512 bytes that is no header.
+def key_and_part(member):
+    """TarInfo -> (KEY: its name up to the last dot, "image", "json", "txt" or None for what is left
+    alone). macOS puts ._0001.jpg beside 0001.jpg: names that begin with a dot are left alone."""
+    key, suffix = os.path.splitext(member.name)
+    if not member.isreg() or os.path.basename(key).startswith("."):
+        return key, None
+    return key, PARTS.get(suffix.lower())
+
+
+@functools.cache
+def empty_archive():
+    """For its settings: tarfile needs 0.1 ms to make one."""
+    return tarfile.open(fileobj=io.BytesIO(bytes(1024)))
+
+
+def tar_members(file, start, end):
+    """tarfile.TarInfo of every member from start to end, None for a block of 512 bytes that is no
+    header.
 
     tarfile reads the headers, but the loop is ours: tarfile.open(ignore_zeros=True) passes over
     damage silently, and ends for ever at a long name whose member is damaged."""
-    # An empty archive, for its settings.
-    tar = tarfile.open(fileobj=io.BytesIO(bytes(1024)))
+    tar = copy.copy(empty_archive())
+    tar.pax_headers = {}
     tar.fileobj = file
-    position = 0
-    while position < size:
+    position = start
+    while position < end:
         file.seek(position)
         position += 512
         try:
@@ -225,17 +290,14 @@ class Reader:
     """A file and its index. names: the languages of texts that come without one."""
     scan = staticmethod(scan_lines)
     images = False
+    refused = COMPRESSED                                            # of the layouts of others
 
     def __init__(self, path, names=(), cache=None, root=None):
         self.path = path
         self.root = os.path.abspath(root or os.path.dirname(path))
-        tagged = re.fullmatch(r"(?:.*[._])?([a-z]{2,3})-([a-z]{2,3})\.\w+", os.path.basename(path))
-        self.names = names
-        if tagged and not names:                                    # WikiMatrix.de-en.tsv
-            self.names = tagged.groups()
-        with open(path, "rb") as file:
-            if re.match(COMPRESSED, file.read(4)):
-                raise ValueError(f"{path} is compressed: unpack it, records are read by offset")
+        self.names = names or languages_of_name(path)
+        if other := other_layout(path, self.refused):
+            raise ValueError(f"{path} {other}")
         status = os.stat(path)
         self.size = status.st_size
         self.time = status.st_mtime_ns
@@ -244,23 +306,24 @@ class Reader:
     def __len__(self):
         return len(self.index) - 1                                  # the last number is the end
 
-    def read(self, start, length):
+    @contextlib.contextmanager
+    def opened(self):
         """Opened for every record: as many shards as one likes, and a change is noticed."""
-        if length > LARGEST:
-            raise ValueError(f"a record of {length:,} bytes is longer than {LARGEST:,}")
         with open(self.path, "rb") as file:
             status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != (self.size, self.time):
                 raise ValueError("the file changed since it was indexed: start again")
-            file.seek(start)
-            raw = file.read(length)
-        if len(raw) < length:
-            raise ValueError("the file ends inside the record")
-        return raw
+            yield file
 
     def line(self, i):
         start, end = self.index[i:i + 2].tolist()
-        return self.read(start, end - start).partition(b"\n")[0]    # without blank lines at the end
+        with self.opened() as file:
+            raw = read(file, start, end - start)
+        return raw.partition(b"\n")[0]                              # without blank lines at the end
+
+    def notes(self):
+        """What is odd in the first lines, in words, for the doctor."""
+        return []
 
     def where(self, i):
         return f"{self.path} line {i + 1}"
@@ -270,10 +333,7 @@ class Reader:
         return self.record(i)[1]
 
     def json(self, i):
-        row = json.loads(self.line(i))
-        if not isinstance(row, dict):
-            raise ValueError("not a JSON object")
-        return row
+        return json_object(self.line(i))
 
 
 class Tar(Reader):
@@ -281,41 +341,93 @@ class Tar(Reader):
     images = True
 
     def __len__(self):
-        return len(self.index) // len(EMPTY)
-
-    def where(self, i):
-        return f"{self.path} record {i + 1}"
+        return len(self.index) // 2
 
     def row(self, i):
-        return self.index[len(EMPTY) * i:len(EMPTY) * (i + 1)].tolist()
+        return self.index[2 * i:2 * i + 2].tolist()
+
+    def where(self, i):
+        """File and KEY. The KEY is not stored but read from the first header."""
+        with contextlib.suppress(OSError, ValueError), self.opened() as file:
+            for member in tar_members(file, *self.row(i)):
+                return f"{self.path} KEY {printable(key_and_part(member)[0])}"
+        return f"{self.path} record {i + 1}"
 
     def record(self, i):
-        start, length, *_ = self.row(i)
-        return self.part(start, length, "image"), self.texts(i)
+        with self.opened() as file:
+            members = self.members(file, i)
+            if "image" not in members:
+                raise ValueError("no image next to it (tar --sort=name keeps a KEY together), or "
+                                 "it is a link, or its header is broken")
+            return self.part(file, members["image"]), self.captions(file, members)
 
     def texts(self, i):
-        _, _, start, length, is_json = self.row(i)
-        raw = self.part(start, length, "caption")
-        if is_json:
-            return captions(pick(json.loads(raw), CAPTION_KEYS), self.names)
-        return captions(raw.decode("utf-8-sig").strip(), self.names)
+        with self.opened() as file:
+            return self.captions(file, self.members(file, i))
 
-    def part(self, start, length, what):
-        if length < 0:
-            raise ValueError(f"no {what} next to it (tar --sort=name keeps a KEY together), or it "
-                             f"is a link, or its header is broken")
-        return self.read(start, length)
+    def members(self, file, i):
+        """{"image" | "json" | "txt": TarInfo} of the KEY that begins where the row says."""
+        found = {}
+        own_key = None
+        for member in filter(None, tar_members(file, *self.row(i))):
+            key, part = key_and_part(member)
+            own_key = own_key or key
+            if part and key == own_key:
+                found.setdefault(part, member)
+        return found
+
+    def captions(self, file, members):
+        texts = {k: self.part(file, members[k]) for k in members if k != "image"}
+        return beside(texts.get("json"), texts.get("txt"), self.names)
+
+    def part(self, file, member):
+        return read(file, member.offset_data, member.size)
+
+
+class Pictures(Reader):
+    """A folder and the folders in it. The names of its pictures stay in memory."""
+    images = True
+
+    def __init__(self, path, names=()):
+        self.path = path
+        self.names = names
+        found = sorted(os.path.join(folder, name) for folder, _, files in os.walk(path)
+                       for name in files if not name.startswith("."))
+        self.files = np.array([os.fsencode(file) for file in found if is_picture(file)])
+        self.size = sum(map(os.path.getsize, self.files))
+        tags = [file.rsplit(".", 2)[-2] for file in found if file.endswith(".txt")]
+        self.languages = sorted(set(filter(is_language, tags)))     # of all KEY.LANGUAGE.txt
+
+    def __len__(self):
+        return len(self.files)
+
+    def where(self, i):
+        return os.fsdecode(self.files[i])
+
+    def record(self, i):
+        return read_file(self.where(i)), self.texts(i)
+
+    def texts(self, i):
+        stem = os.path.splitext(self.where(i))[0]
+        paths = {k: f"{stem}{k}" for k in (".json", ".txt", *(f".{x}.txt" for x in self.languages))}
+        texts = {k: read_file(path) for k, path in paths.items() if os.path.isfile(path)}
+        found = {k: texts[f".{k}.txt"].decode("utf-8-sig").strip() for k in self.languages
+                 if f".{k}.txt" in texts}
+        if found:                               # they go before KEY.json and KEY.txt
+            return captions(found, ())
+        return beside(texts.get(".json"), texts.get(".txt"), self.names)
 
 
 class ImageLines(Reader):
     images = True
+    refused = OTHERS
 
     def record(self, i):
         row = self.json(i)
-        return self.image(pick(row, IMAGE_KEYS)), captions(pick(row, CAPTION_KEYS), self.names)
+        return self.image(pick(row, IMAGE_KEYS)), row_captions(row, self.names)
 
     def texts(self, i):
-        return captions(pick(self.json(i), CAPTION_KEYS), self.names)
+        return row_captions(self.json(i), self.names)
 
     def image(self, field):
         """Bytes of an image in base64, or of a file below the folder of images."""
@@ -329,30 +441,62 @@ class ImageLines(Reader):
         path = os.path.normpath(os.path.join(self.root, field))
         if not path.startswith(os.path.join(self.root, "")):
             raise ValueError(f"refused: image {field[-60:]} lies outside {self.root}; --image_root "
-                             f"names its folder")
-        if not os.path.isfile(path):
-            raise ValueError(f"no such image {path[-80:]}")
-        if os.path.getsize(path) > LARGEST:
-            raise ValueError(f"image {path[-80:]} is longer than {LARGEST:,} bytes")
-        return pathlib.Path(path).read_bytes()
+                             f"DIR names the folder of the images (/ allows every absolute path)")
+        return read_file(path)
 
 
 class PairLines(Reader):
+    refused = OTHERS
+
     def record(self, i):
         row = self.json(i)
-        if "text" in row:
-            return json.dumps(row["text"]).encode(), captions(row["text"], ())
+        for key in PAIR_KEYS:
+            if key in row:
+                return json.dumps(row[key]).encode(), captions(row[key], ())
         return pair([row["source_text"], row["target_text"]], self.names)
 
 
 class Columns(Reader):
+    refused = OTHERS
+
+    def columns(self, i, errors="strict"):
+        return self.line(i).decode("utf-8-sig", errors).strip("\r\n").split("\t")
+
+    @functools.cached_property
+    def first(self):
+        """The first lines in columns."""
+        return [self.columns(i, "replace") for i in range(min(100, len(self)))]
+
+    @functools.cached_property
+    def score(self):
+        """Which of three columns is the score: the one that most often is a number."""
+        rows = [row for row in self.first if len(row) == 3]
+        return max(range(3), key=lambda k: sum(is_number(row[k]) for row in rows))
+
     def record(self, i):
-        columns = self.line(i).decode("utf-8-sig").strip("\r\n").split("\t")
+        columns = self.columns(i)
         if len(columns) == 3:
-            float(columns.pop(0))                                   # the score must be a number
+            score = columns.pop(self.score)
+            if not is_number(score):
+                raise ValueError(f"of three columns one is a score, but column {self.score + 1} "
+                                 f"is {score[:40]!r}")
         if len(columns) != 2:
             raise ValueError(f"{len(columns)} column(s), not two")
         return pair(columns, self.names)
+
+    def notes(self):
+        heads = {"source", "target", "src", "tgt", "trg", "score", *self.names}
+        found = []
+        if self.first and heads.intersection(cell.strip('"').lower() for cell in self.first[0]):
+            found.append("line 1 looks like a header")
+        for k, cells in enumerate(zip(*self.first)):
+            if sum(cell[:1] == cell[-1:] == '"' for cell in cells) > len(cells) / 2:
+                found.append(f"column {k + 1} is in quotes; they are read as text")
+            if sum(map(is_number, cells)) > len(cells) / 2:
+                score = len(self.first[0]) == 3 and k == self.score
+                use = "a score, not read" if score else "read as text"
+                found.append(f"column {k + 1} holds numbers: {use}")
+        return found
 
 
 class PlainText(Reader):
@@ -380,12 +524,60 @@ class PlainText(Reader):
 # What a record says
 # --------------------------------------------------------------------------------------------------
 
+def read(file, start, length):
+    if length < 0:
+        raise ValueError("its header is broken")
+    if length > LARGEST:
+        raise ValueError(f"a record of {length:,} bytes is longer than {LARGEST:,}")
+    file.seek(start)
+    raw = file.read(length)
+    if len(raw) < length:
+        raise ValueError("the file ends inside the record")
+    return raw
+
+
+def read_file(path):
+    if not os.path.isfile(path):
+        raise ValueError(f"no such image {path[-80:]}")
+    if os.path.getsize(path) > LARGEST:
+        raise ValueError(f"{path[-80:]} is longer than {LARGEST:,} bytes")
+    return pathlib.Path(path).read_bytes()
+
+
+def is_number(text):
+    return bool(re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", text.strip()))
+
+
 def pick(row, keys):
     """The first of these fields that the row has."""
     for key in keys:
-        if key in row:
+        if row.get(key) is not None:
             return row[key]
     raise ValueError(f"no field {' or '.join(keys)}")
+
+
+def row_captions(row, names):
+    """The captions of a JSON object, which may name the language of a text that has none."""
+    named = [row[key] for key in LANGUAGE_KEYS if isinstance(row.get(key), str)]
+    return captions(pick(row, CAPTION_KEYS), named[:1] or names)
+
+
+def beside(json_text, text, names):
+    """The captions of KEY.json, or of KEY.txt where that has none; either may be None."""
+    if json_text is not None:
+        row = json_object(json_text)
+        if text is None or any(row.get(key) is not None for key in CAPTION_KEYS):
+            return row_captions(row, names)
+    if text is None:
+        raise ValueError("no caption next to it: KEY.json or KEY.txt")
+    return captions(text.decode("utf-8-sig").strip(), names)
+
+
+def json_object(text):
+    row = json.loads(text)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
 
 
 def type_name(value):

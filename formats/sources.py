@@ -1,25 +1,30 @@
 """Your data: files, folders and globs -> the two datasets of training.
 
-A source is FILE, FOLDER or GLOB, then @en or @de,en where the file does not name its languages,
-then =WEIGHT where several share a stream: 'cc3m/*.tar@en=0.7'. What a file may hold: records.py.
+A source is FILE, FOLDER or GLOB (also 'cc3m/{000..331}.tar'); then :DIR where the images that it
+names lie elsewhere; @en or @de,en where it does not name its languages; =WEIGHT where several
+share a stream: 'coco.jsonl:coco/images@en=0.7'. What a file may hold: records.py.
 
     python data.py PATH ...     the doctor: what is there and what is wrong with it
 """
 import bisect
 import collections
+import contextlib
+import functools
 import glob
 import hashlib
 import itertools
 import os
 import re
+import sys
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from formats import images
-from formats.records import (IMAGE_KEYS, TOLERATED, WINDOW, BadRecord, Columns, ImageLines,
-                             PairLines, PlainText, Tar, identity, indexed, reading)
+from formats.records import (IMAGE_KEYS, SUFFIXES, TOLERATED, WINDOW, BadRecord, Columns,
+                             ImageLines, PairLines, Pictures, PlainText, Tar, identity, indexed,
+                             is_language, is_picture, languages_of_name, other_layout, reading)
 
 NAMED = (".tar", ".tsv", ".jsonl", ".json")     # any other suffix is the language of plain text
 
@@ -31,36 +36,80 @@ NAMED = (".tar", ".tsv", ".jsonl", ".json")     # any other suffix is the langua
 class Source(NamedTuple):
     argument: str                               # as the user wrote it
     files: list
+    root: str | None                            # folder of the images that JSON lines name
     languages: tuple                            # of texts that come without one
     weight: float | None
 
 
 def parse(argument):
-    """FILE|FOLDER|GLOB[@LANGUAGE[,LANGUAGE]][=WEIGHT] -> Source."""
-    what, names, weight = argument, None, None
+    """FILE|FOLDER|GLOB[:DIR][@LANGUAGE[,LANGUAGE]][=WEIGHT] -> Source."""
+    if argument.partition("=")[0] == "demo":
+        raise ValueError("demo is the built-in data and does not mix with files: give it alone "
+                         "(a folder of that name is ./demo)")
+    what, root, names, weight = argument, None, None, None
     if not os.path.exists(argument):            # a file may be called a@b=1
-        what, names, weight = re.fullmatch(r"(.*?)(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument,
-                                           re.DOTALL).groups()
-    if os.path.isdir(what):
-        files = [file.path for file in os.scandir(what) if file.is_file() and is_data(file.name)]
-    elif os.path.isfile(what):
-        files = [what]                          # also where the name looks like a pattern
-    else:
-        files = [file for file in glob.glob(what, recursive=True) if os.path.isfile(file)]
-    if not files:
-        raise ValueError(f"{argument}: no such file, and no folder or pattern that holds any "
-                         f"(of plain text say FOLDER/NAME.*)")
+        what, root, names, weight = re.fullmatch(
+            r"(.*?)(?::([^:]+?))?(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument,
+            re.DOTALL).groups()
+    files = {file for pattern in without_braces(what) for file in files_of(pattern)}
+    if root and not os.path.isdir(root):
+        raise ValueError(f"{argument}: no folder {root}; after : stands that of the images")
     if weight and not float(weight):
         raise ValueError(f"{argument}: a weight must be more than 0")
     languages = tuple(names.split(",")) if names else ()
-    return Source(argument, sorted(files), languages, float(weight) if weight else None)
+    return Source(argument, sorted(files), root, languages, float(weight) if weight else None)
+
+
+def without_braces(pattern):
+    """'{a,b}.tar' -> a.tar b.tar, '{008..010}.tar' -> 008.tar 009.tar 010.tar, as in a shell."""
+    braces = re.search(r"\{([^{}]*,[^{}]*|(\d+)\.\.(\d+))\}", pattern)
+    if not braces or os.path.exists(pattern):
+        return [pattern]
+    inside, first, last = braces.groups()
+    options = inside.split(",")
+    if first:
+        options = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    before = pattern[:braces.start()]
+    after = pattern[braces.end():]
+    return [x for option in options for x in without_braces(before + option + after)]
+
+
+def files_of(pattern):
+    """The files with data of a FILE, FOLDER or GLOB; a folder of pictures stands for itself."""
+    if os.path.isdir(pattern):
+        return data_of_folder(pattern)
+    if os.path.isfile(pattern):                 # also where the name looks like a pattern
+        return [pattern]
+    files = [file for file in glob.glob(pattern, recursive=True)
+             if os.path.isfile(file) and not is_left_alone(os.path.basename(file))]
+    if not files:
+        raise ValueError(f"{pattern}: no such file, and no pattern that fits any")
+    return files
+
+
+def data_of_folder(folder):
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    keys = {os.path.splitext(name)[0] for name in names if is_picture(name)}
+    beside = {name for name in names if os.path.splitext(name)[0] in keys}      # KEY.json
+    files = [os.path.join(folder, name) for name in names if is_data(name) and name not in beside]
+    if files:
+        return files
+    if any(is_picture(name) for _, _, deeper in os.walk(folder) for name in deeper):
+        return [folder]
+    some = " ".join(sorted(os.listdir(folder))[:5]) or "nothing"
+    raise ValueError(f"{folder} holds no picture and no {' '.join(NAMED)} or part-* file, but "
+                     f"{some} (say FOLDER/NAME.* of plain text, FOLDER/**/*.tar of files deeper "
+                     f"inside)")
 
 
 def is_data(name):
-    """Does this file of a folder hold records? img2dataset leaves _stats.json beside its tars."""
-    if name.startswith((".", "_")) or name.endswith("_stats.json"):
-        return False
-    return name.startswith("part-") or os.path.splitext(name)[1].lower() in NAMED
+    suffix = os.path.splitext(name)[1].lower()
+    return (suffix in NAMED or name.startswith("part-")) and not is_left_alone(name)
+
+
+def is_left_alone(name):
+    """img2dataset leaves _stats.json and .parquet beside its tars."""
+    return name.startswith((".", "_")) or name.endswith(("_stats.json", ".parquet"))
 
 
 def parse_all(arguments):
@@ -70,7 +119,7 @@ def parse_all(arguments):
         source = parse(argument)
         stem, suffix = os.path.splitext(source.files[0])
         key = number
-        if len(source.files) == 1 and suffix and suffix.lower() not in NAMED:
+        if len(source.files) == 1 and is_language(suffix[1:]) and not os.path.isdir(stem + suffix):
             key = stem, source.languages, source.weight
         if key in merged:
             merged[key].files.extend(source.files)
@@ -82,25 +131,51 @@ def parse_all(arguments):
 def open_readers(source, kind=None, languages=(), cache=None, root=None):
     """The files of a source -> readers. kind: "images", "texts" or None, which accepts both."""
     readers = []
-    plain = {}                                  # NAME -> {language: file}
+    plain = {}                                  # NAME -> {suffix: file}
+    root = source.root or root
     for file in source.files:
         stem, suffix = os.path.splitext(file)
         kind_of_file = suffix.lower()
-        if kind_of_file == ".tar":
+        if os.path.isdir(file):
+            readers.append(Pictures(file, source.languages))
+        elif kind_of_file == ".tar":
             readers.append(Tar(file, source.languages, cache))
         elif kind_of_file == ".tsv":
             readers.append(Columns(file, source.languages, cache))
+        elif kind_of_file in SUFFIXES:
+            raise ValueError(f"{file} is a picture: name its folder")
         elif kind_of_file in ("", ".jsonl", ".json") or kind == "images":
             lines = ImageLines(file, source.languages, cache, root)
             pairs = kind == "texts" or (kind is None and not names_images(lines))
             readers.append(PairLines(file, source.languages, cache) if pairs else lines)
         else:
             plain.setdefault(stem, {})[suffix[1:]] = file
-    for stem, group in plain.items():
-        wanted = {k: file for k, file in group.items() if k in (languages or group)}
-        readers.append(PlainText(f"{stem}.*", wanted, cache))
+    readers += plain_texts(plain, len(source.files), languages, cache)
     for reader in readers:
         check(reader, kind, source.languages)
+    return readers
+
+
+def plain_texts(groups, count, languages, cache):
+    """{NAME: {suffix: file}} -> readers. Files whose suffix is no language are left out by name;
+    ValueError when these are all of the source, which has `count`."""
+    readers = []
+    left_out = []
+    for stem, group in groups.items():
+        codes = set(filter(is_language, group))
+        pair = set(languages_of_name(f"{stem}.x"))                  # OPUS: NAME.de-en.*
+        codes = pair if pair and pair <= codes else codes
+        left_out += [group[suffix] for suffix in sorted(group.keys() - codes)]
+        wanted = {k: group[k] for k in group if k in codes and k in (languages or codes)}
+        if len(codes) == 1 or len(wanted) > 1:                      # one alone is refused there
+            readers.append(PlainText(f"{stem}.*", wanted, cache))
+    if left_out:
+        why = other_layout(left_out[0]) or "has no suffix of a language"
+        message = " ".join([left_out[0], why, *left_out[1:5]])
+        if len(left_out) == count:
+            raise ValueError(message)
+        if os.environ.get("RANK", "0") == "0":                      # one process says it for all
+            print("left out:", message, file=sys.stderr)
     return readers
 
 
@@ -129,19 +204,20 @@ class Files:
     """The records of some sources as one list; with languages, only those that have them."""
 
     def __init__(self, sources, kind, languages=(), cache=None, root=None):
-        self.languages = set(languages or ())
+        self.only = set(languages or ())
         self.readers = []
         self.kept = []                          # of each reader: indices of its records; None: all
         for source in sources:
-            readers = open_readers(source, kind, self.languages, cache, root)
+            readers = open_readers(source, kind, self.only, cache, root)
             least = 1 if kind == "images" else 2
-            kept = [wanted(reader, self.languages, least, cache) for reader in readers]
+            kept = [wanted(reader, self.only, least, cache) for reader in readers]
             self.readers += readers
             self.kept += kept
             if not sum(map(count, readers, kept)):
+                found = Files([source], kind, (), cache, root).languages()
                 raise ValueError(f"{source.argument} has no record in "
-                                 f"{' '.join(sorted(self.languages))}; where it names no languages "
-                                 f"itself, say FILE@en or FILE@de,en")
+                                 f"{' '.join(sorted(self.only))}, but in {' '.join(found)}; where "
+                                 f"it names no languages itself, say FILE@en or FILE@de,en")
         self.starts = [0, *itertools.accumulate(map(count, self.readers, self.kept))]
 
     def __len__(self):
@@ -164,7 +240,21 @@ class Files:
 
     def usable(self, texts):
         """Of {language: [texts]} the languages that training shall use."""
-        return [k for k in texts if not self.languages or k in self.languages]
+        return [k for k in texts if not self.only or k in self.only]
+
+    def languages(self, needed=()):
+        """Codes of the languages that occur, sorted: of many records about 1,000 are read; all, as
+        long as one of `needed` is not found."""
+        found = set()
+        step = len(self) // 1000 or 1
+        for first in range(step):
+            for index in range(first, len(self), step):
+                reader, i = self.find(index)
+                with contextlib.suppress(BadRecord), reading(reader, i):
+                    found.update(self.usable(reader.texts(i)))
+            if found.issuperset(needed):
+                break
+        return sorted(found)
 
 
 def wanted(reader, languages, least, cache):
@@ -189,6 +279,8 @@ def wanted(reader, languages, least, cache):
 
     question = repr((sorted(languages), least, reader.names))
     label = hashlib.sha1(question.encode()).hexdigest()[:8]
+    if isinstance(reader, Pictures):            # no file whose time tells of a change
+        return np.concatenate([numbers for _, numbers in scan(None, 0)])
     return indexed(reader.path, scan, cache, f".{label}")
 
 
@@ -212,14 +304,19 @@ class ImageFiles(Files):
             return images.train_transform(image, self.size, rng), text, identity(picture)
 
     def row(self, index):
-        """The whole record, to evaluate on -> {"image": RGB, "captions": {language: [text]}}."""
+        """A record to evaluate on -> {"image": function, "captions": {language: [text]}}. The
+        function reads the image -> RGB, so that many rows take little memory."""
         reader, i = self.find(index)
         with reading(reader, i):
-            picture, captions = reader.record(i)
-            with images.undecoded(picture) as image:
-                image.load()
-                captions = {language: captions[language] for language in self.usable(captions)}
-                return {"image": images.rgb(image), "captions": captions}
+            texts = reader.texts(i)
+        captions = {language: texts[language] for language in self.usable(texts)}
+        return {"image": functools.partial(self.image, index), "captions": captions}
+
+    def image(self, index):
+        reader, i = self.find(index)
+        with reading(reader, i), images.undecoded(reader.record(i)[0]) as image:
+            image.load()
+            return images.rgb(image)
 
 
 class PairFiles(Files):
@@ -247,8 +344,10 @@ class PairFiles(Files):
 class BadRecords:
     """The bad records of a process: counted, the first ten named; too many stop the run."""
 
-    def __init__(self, rank=0):
+    def __init__(self, rank=0, share=TOLERATED):
+        """share: of the last 1,000 records, how many may be bad."""
         self.rank = rank
+        self.tolerated = round(share * WINDOW)
         self.window = collections.deque(maxlen=WINDOW)          # of the last records: was it bad?
         self.named = set()
         self.last = "none, but in another process"
@@ -262,12 +361,13 @@ class BadRecords:
             if not reason:
                 continue
             self.last = reason
-            stop = stop or sum(self.window) > TOLERATED
+            stop = stop or sum(self.window) > self.tolerated
             if len(self.named) < 10 and reason not in self.named:
                 tqdm.write(f"process {self.rank}: skipped {reason}")
                 self.named.add(reason)
         return sum(map(bool, reasons)), stop
 
     def message(self):
-        return (f"more than {TOLERATED} of a process's last {WINDOW:,} records were bad, the last "
-                f"here: {self.last}; `python data.py FILES` names them all")
+        return (f"more than {self.tolerated} of a process's last {WINDOW:,} records were bad, the "
+                f"last here: {self.last}; `python data.py FILES --list OUT` names them all, "
+                f"--max_bad tolerates more")

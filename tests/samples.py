@@ -94,8 +94,8 @@ def naive_tar(path):
     found = {}
     with tarfile.open(path) as tar:
         for member in tar:
-            stem, _, suffix = member.name.partition(".")
-            found.setdefault(stem, {})[suffix] = tar.extractfile(member).read()
+            key, suffix = os.path.splitext(member.name)
+            found.setdefault(key, {})[suffix[1:]] = tar.extractfile(member).read()
     return [(x["jpg"], {k: [t] for k, t in json.loads(x["json"])["captions"].items()} if "json" in x else
              {"unknown": [x["txt"].decode()]}) for x in found.values()]
 
@@ -128,7 +128,8 @@ def expected_tar(path, spans):
     found, size = {}, os.path.getsize(path)
     with contextlib.suppress(tarfile.ReadError), tarfile.open(path, ignore_zeros=True, errorlevel=0) as tar:
         for member in iter(tar.next, None):
-            found.setdefault(member.name.split(".")[0], {})[member.name.split(".")[-1]] = member
+            key, suffix = os.path.splitext(member.name)                           # all before the last dot, as our KEYs
+            found.setdefault(key, {})[suffix[1:]] = member
     raw, result = open(path, "rb").read(), []
     for key, start in spans.items():
         if start < size:

@@ -211,7 +211,23 @@ CASES = [
     ("no images", {}, OWN + "--images none/*.tar", ["none/*.tar: no such file"]),
     ("no tokenizer", {}, OWN + "--tokenizer none", ["none is not a tokenizer"]),
     ("no texts", {}, OWN + "--texts none.tsv", ["none.tsv: no such file"]),
-    ("a language that nobody speaks", {}, OWN + "--languages xx", ["no record in xx"]),
+    ("a language that nobody speaks", {}, OWN + "--languages xx", ["no record in xx, but in cs de en fr ja zh"]),
+    ("one of two languages", {}, OWN + "--languages en xx", ["--languages: no record is in xx; there are cs de en"]),
+    ("languages of the demo", {}, TRAIN + "--languages en", ["--languages", "your own files"]),
+    # sources: layouts of others, folders, braces
+    *((f"{name} as {flag}", {name: content}, OWN + f"--{flag} {name}", [name, said, "Other layouts"])
+      for name, content, said in (
+          ("b.json", b'[{"image": "x.jpg", "caption": "x"}]', "one JSON array"), ("b.csv", b"image,caption\nx.jpg,x\n", "CSV"),
+          ("c.json", b'{"info": {}, "images": [{"id": 1}], "annotations": []}', "captions JSON of COCO or Karpathy"),
+          ("results.token", b"123.jpg#0\ta dog\n", "list of pictures"), ("b.parquet", b"PAR1", "Parquet"))
+      for flag in ("images", "texts")),
+    ("a list of pictures in columns", {"b.tsv": b"123.jpg#0\ta dog\n"}, OWN + "--texts b.tsv", ["b.tsv looks like a list of pictures"]),
+    ("a folder of nothing", {"b/x.md": b"", "b/c/x.h5": b""}, OWN + "--images b", ["b holds no picture", "but c x.md"]),
+    ("a picture", {"x.jpg": b""}, OWN + "--images x.jpg", ["x.jpg is a picture: name its folder"]),
+    ("a gap in braces", {}, OWN + "--images {a,b}.tar", ["b.tar: no such file"]),
+    ("the demo among files", {}, OWN + "--images demo a.tar", ["demo is the built-in data", "alone"]),
+    ("no folder after a colon", {}, OWN + "--images a.tar:none", ["a.tar:none: no folder none"]),
+    ("text in no language", {"b.md": b"x"}, OWN + "--texts b.md", ["b.md has no suffix of a language"]),
     ("pairs without a tokenizer", {}, TRAIN + "--images demo --texts a.tsv", ["--tokenizer"]),
     ("a compressed archive", {"x.tar.gz": b"\x1f\x8b"}, OWN + "--images x.tar.gz", ["x.tar.gz is compressed: unpack it"]),
     ("images as texts", {}, OWN + "--texts a.tar", ["give it to --images"]),

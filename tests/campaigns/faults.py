@@ -35,10 +35,10 @@ TINY = ("--width 32 --vision_layers 1 --vision_mlp 64 --text_mlp 64 --fusion_mlp
 def make(kind, folder):
     """A whole shard -> its path, and where the records of a tar start."""
     if kind == "tar":
-        path = pathlib.Path(samples.write_tar(folder / "a.tar", N))
+        path = pathlib.Path(samples.write_tar(folder / "a.tar", N, long="v1."))
         with tarfile.open(path) as tar:
             members = tar.getmembers()
-        return path, {m.name.split(".")[0]: m.offset for m in members[::2]}
+        return path, {pathlib.Path(m.name).stem: m.offset for m in members[::2]}
     if kind == "pairs":
         path = folder / "a.tsv"
         path.write_text("".join(f"{samples.PHRASES['en'].format(i)}\t{samples.PHRASES['zh'].format(i)}\n"

@@ -1,0 +1,176 @@
+"""Layouts as people have them: read, or named for what they are; and what a dataset says of itself."""
+import json
+import os
+import tarfile
+
+import pytest
+import samples
+from PIL import Image
+
+import data
+from formats import records, sources
+
+
+def tar(path, names):
+    """A tar of members with these names: pictures, captions "en: NAME" in JSON, or the name as text."""
+    with tarfile.open(path, "w") as file:
+        for name in names:
+            body = {"g": samples.jpeg(0), "n": json.dumps({"caption": name}).encode(), "t": name.encode()}[name[-1].lower()]
+            samples.add(file, name, body)
+    return records.Tar(str(path))
+
+
+def found(reader):
+    """{where: captions, or why it is bad}."""
+    result = {}
+    for i in range(len(reader)):
+        try:
+            with records.reading(reader, i):
+                result[reader.where(i)] = reader.record(i)[1]
+        except records.BadRecord as error:
+            result[reader.where(i)] = str(error)
+    return result
+
+
+def test_a_key_ends_at_the_last_known_suffix_and_a_member_alone_is_reported(tmp_path):
+    names = ["2019.01.02.JPG", "2019.01.02.txt", "b.c.jpg", "b.c.d.jpg", "b.c.d.json", "b.c.json", "e.jpg", "f.txt",
+             "._h.jpg", "i.v2.webp.png", "i.v2.webp.txt"]
+    path = tmp_path / "a.tar"
+    reader = tar(path, names)
+    result = {where.removeprefix(f"{path} KEY "): said for where, said in found(reader).items()}
+    assert sorted(result) == ["2019.01.02", "b.c", "b.c.d", "e", "f", "i.v2.webp"]
+    assert result["b.c"] == {"unknown": ["b.c.json"]} and result["b.c.d"] == {"unknown": ["b.c.d.json"]}
+    assert result["e"] == f"{path} KEY e: no caption next to it: KEY.json or KEY.txt"
+    assert result["f"].startswith(f"{path} KEY f: no image next to it")
+
+
+def test_the_key_of_a_long_name_is_named_in_full(tmp_path):
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        reader = records.Tar(samples.write_tar(tmp_path / f"{form}.tar", 1, form=form, long="ü" * 60 + "/" + "x" * 90))
+        assert reader.where(0).endswith(" KEY " + "ü" * 60 + "/" + "x" * 90 + "000000")
+
+
+@pytest.mark.parametrize("body", [{}, {"caption": None}, {"url": "x", "key": "0"}])
+def test_json_without_a_caption_does_not_hide_the_text(tmp_path, body):
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for suffix, raw in (("jpg", samples.jpeg(0)), ("json", json.dumps(body).encode()), ("txt", b"a dog")):
+            samples.add(file, f"0.{suffix}", raw)
+            (tmp_path / f"0.{suffix}").write_bytes(raw)
+    assert records.Tar(f"{tmp_path}/a.tar", ("en",)).record(0)[1] == {"en": ["a dog"]}
+    os.remove(tmp_path / "a.tar")
+    assert data.files(data.ImageFiles, [f"{tmp_path}@en"], 32).row(0)["captions"] == {"en": ["a dog"]}
+
+
+def write(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def captions(*arguments, **settings):
+    dataset = data.files(data.ImageFiles, list(map(str, arguments)), 32, *settings.values())
+    assert all(isinstance(dataset.row(i)["image"](), Image.Image) for i in range(len(dataset)))
+    return [dataset.row(i)["captions"] for i in range(len(dataset))]
+
+
+def test_a_folder_of_pictures_is_read_also_nested(tmp_path):
+    """As img2dataset writes files: folders with KEY.jpg, KEY.txt, KEY.json, and sidecars above."""
+    write(tmp_path, {"00000/0.jpg": samples.jpeg(0), "00000/0.txt": "text", "00000/0.json": '{"caption": "json"}',
+                     "00000.parquet": b"PAR1", "00000_stats.json": "{}", "00001/1.a.png": samples.jpeg(1),
+                     "00001/1.a.txt": "dotted", "00002/2.jpg": samples.jpeg(2), "00002/2.de.txt": "zwei",
+                     "00002/2.en.txt": "two\n", "00002/README.md": "no", "00002/.2.jpg": b"no"})
+    assert captions(tmp_path) == [{"unknown": ["json"]}, {"unknown": ["dotted"]}, {"de": ["zwei"], "en": ["two"]}]
+    dataset = data.files(data.ImageFiles, [f"{tmp_path}"], 32, ["de"])
+    assert len(dataset) == 1 and dataset.languages() == ["de"]
+    write(tmp_path, {"00002/3.jpg": samples.jpeg(3)})
+    assert data.main([str(tmp_path)]) == 1                                   # a picture without a caption
+
+
+def test_img2datasets_folder_of_tars_is_read_as_it_is(tmp_path):
+    samples.write_tar(tmp_path / "00000.tar", 2)
+    write(tmp_path, {"00000_stats.json": "{}", "00000.parquet": b"PAR1", "wandb.log": ""})
+    for argument in (tmp_path, f"{tmp_path}/0*"):
+        assert [list(row) for row in captions(argument)] == [samples.LANGUAGES] * 2
+
+
+def test_braces_are_those_of_a_shell(tmp_path):
+    write(tmp_path, {f"a/{i:03}.tsv": "a\tb\n" for i in range(8, 12)} | {"b/x.tsv": "a\tb\n", "{1,2}.tsv": "a\tb\n"})
+    names = [os.path.relpath(file, tmp_path) for file in sources.parse(f"{tmp_path}/{{b/x,a/{{008..010}}}}.tsv").files]
+    assert names == ["a/008.tsv", "a/009.tsv", "a/010.tsv", "b/x.tsv"]
+    assert sources.parse(f"{tmp_path}/{{1,2}}.tsv").files == [f"{tmp_path}/{{1,2}}.tsv"]      # a file of that name
+    with pytest.raises(ValueError, match="a/012.tsv: no such file"):
+        sources.parse(f"{tmp_path}/a/{{010..012}}.tsv")
+
+
+def test_rows_as_hugging_face_has_them(tmp_path):
+    write(tmp_path, {"x.jpg": samples.jpeg(0), "metadata.jsonl": '{"file_name": "x.jpg", "text": "a dog", "lang": "en"}\n'})
+    assert captions(tmp_path) == [{"en": ["a dog"]}]                         # the picture's row, not the picture alone
+    write(tmp_path, {"b.jsonl": '{"translation": {"en": "one", "de": "eins"}}\n'})
+    assert data.files(data.PairFiles, [str(tmp_path / "b.jsonl")]).readers[0].texts(0) == {"en": ["one"], "de": ["eins"]}
+
+
+def test_each_source_has_its_own_folder_of_images(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path, {f"{name}/0.jpg": samples.jpeg(ord(name)), f"{name}.jsonl": '{"image": "0.jpg", "caption": "x"}\n'})
+    given = [f"{tmp_path}/{name}.jsonl:{tmp_path}/{name}@en" for name in "ab"]
+    dataset = data.files(data.ImageFiles, given, 32)
+    assert [dataset.readers[i].record(0) for i in (0, 1)] == [(samples.jpeg(ord(k)), {"en": ["x"]}) for k in "ab"]
+    write(tmp_path, {"c.jsonl": json.dumps({"image": str(tmp_path / "a/0.jpg"), "caption": "x"}) + "\n"})
+    (tmp_path / "d").mkdir()
+    assert "/ allows every absolute path" in str(found(records.ImageLines(f"{tmp_path}/c.jsonl", root=f"{tmp_path}/d")))
+    assert records.ImageLines(f"{tmp_path}/c.jsonl", root="/").record(0)[0] == samples.jpeg(ord("a"))
+
+
+def test_a_suffix_that_is_no_language_is_left_out_by_name(tmp_path, capsys):
+    write(tmp_path, {f"O.de-en.{suffix}": "x\ny\n" for suffix in ("de", "en", "ids", "xyz")} | {"README.md": "no"})
+    for pattern, left in (("O.*", ["O.de-en.ids", "O.de-en.xyz"]), ("*", ["O.de-en.ids", "O.de-en.xyz", "README.md"])):
+        dataset = data.files(data.PairFiles, [f"{tmp_path}/{pattern}"])
+        line = capsys.readouterr().err
+        assert dataset.languages() == ["de", "en"] and line.count("\n") == 1 and all(name in line for name in left)
+    write(tmp_path, {f"my-set.{suffix}": "x\n" for suffix in ("zh_Hans", "pt-BR", "ceb", "csv")})
+    assert data.files(data.PairFiles, [f"{tmp_path}/my-set.*"]).languages() == ["ceb", "pt-BR", "zh_Hans"]
+
+
+def test_the_score_of_three_columns_is_never_a_sentence(tmp_path):
+    rows = [("ja", "yes", "1.07"), ("7", "seven", "0.9"), ("zwei", "two", "no score")]
+    write(tmp_path, {"a.tsv": "".join("\t".join(row) + "\n" for row in rows)})
+    reader = records.Columns(str(tmp_path / "a.tsv"), ("de", "en"))
+    assert [reader.texts(i) for i in (0, 1)] == [{"de": ["ja"], "en": ["yes"]}, {"de": ["7"], "en": ["seven"]}]
+    assert "column 3 is 'no score'" in list(found(reader).values())[2]
+
+
+@pytest.mark.parametrize("text, notes", [
+    ("en\tde\none\teins\n", ["line 1 looks like a header"]), ("one\teins\n", []),
+    ('"a"\t"b"\n', ["column 1 is in quotes; they are read as text", "column 2 is in quotes; they are read as text"]),
+    ("a\t1.2\nb\t3\n", ["column 2 holds numbers: read as text"]), ("", []),
+    ("a\tb\t0.5\n", ["column 3 holds numbers: a score, not read"])])
+def test_what_is_odd_in_columns_is_noted_for_the_doctor(tmp_path, text, notes):
+    write(tmp_path, {"a.tsv": text})
+    assert records.Columns(str(tmp_path / "a.tsv"), ("en", "de")).notes() == notes
+
+
+def test_languages_are_found_in_few_records_and_a_rare_one_when_it_is_asked_for(tmp_path):
+    rows = [{"text": {"en": f"{i}", "de": f"{i}"} | ({"sw": "moja"} if i == 2_347 else {})} for i in range(5_000)]
+    dataset = data.files(data.PairFiles, [samples.lines(tmp_path / "a.jsonl", rows)])
+    assert dataset.languages() == ["de", "en"] and dataset.languages(["sw"]) == ["de", "en", "sw"]
+    assert data.HeldOut(dataset, 5).languages() == ["de", "en"]
+    assert data.DemoImages().languages() == ["cs", "de", "en", "fr", "ja", "zh"] and len(data.DemoParallel().languages()) == 21
+    assert data.Mixture([dataset, data.DemoImages()], [1, 1]).languages() == ["cs", "de", "en", "fr", "ja", "zh"]
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.05, 1])
+def test_as_large_a_share_of_bad_records_as_one_says_is_tolerated(share):
+    bad_records = sources.BadRecords(0, share)
+    stops = [bad_records.count(["bad"])[1] for _ in range(1_000)]
+    assert stops.count(False) == 1_000 * share and f"more than {round(1000 * share)} of" in bad_records.message()
+
+
+def test_a_stream_that_tolerates_more_looks_further_for_a_good_record(tmp_path, tokenizer):
+    rows = [{"text": {"en": "one", "de": "eins"}}] + [{"text": {"en": "one"}}] * 30
+    dataset = data.files(data.PairFiles, [samples.lines(tmp_path / "a.jsonl", rows)])
+    for share, read in ((0.01, 11), (0.05, 30)):
+        batches, bad = data.Batches(tokenizer, None, data.Stream(dataset, 1, max_bad=share), 0), []
+        batches.last_good[1] = 0, 0, 0
+        batches.read_or_replace((1, 0, 1), bad)
+        assert len(list(filter(None, bad))) == read
