@@ -20,6 +20,7 @@ import contextlib
 import bisect
 import functools
 import io
+import os
 import pathlib
 import sys
 from typing import NamedTuple
@@ -45,6 +46,12 @@ def fail(error):
     return 2
 
 
+def check_target(file):
+    """ValueError before the work, not after it, when an output file cannot be written."""
+    if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        raise ValueError(f"{file} cannot be written")
+
+
 # --------------------------------------------------------------------------------------------------
 # Tokenizer and masking
 # --------------------------------------------------------------------------------------------------
@@ -64,11 +71,17 @@ class Tokenizer:
             raise ValueError(f"this is not a sentencepiece model ({error})") from None
         self.size = len(self.processor) + 2     # V: sentencepiece has no <pad> and no <mask>
         self.mask = self.size - 1
+        self.unknown = self.processor.unk_id()
+        # Piece 1 would become id 2, which is </s>: so the first three pieces must not be words.
+        for piece in range(min(3, len(self.processor))):
+            if piece != self.unknown and not self.processor.is_control(piece):
+                raise ValueError(f"its piece {piece} is {self.processor.id_to_piece(piece)!r}, "
+                                 f"where XLM-R's has <unk>, <s> or </s>")
 
     def encode(self, text, longest=None):
         """-> ids with <s> and </s>, cut to `longest` (None: not at all)."""
         pieces = self.processor.encode(text)
-        ids = [BOS] + [p + 1 if p else UNKNOWN for p in pieces] + [EOS]
+        ids = [BOS] + [UNKNOWN if p == self.unknown else p + 1 for p in pieces] + [EOS]
         return cut(ids, longest) if longest else ids
 
     def pieces(self, ids):
@@ -86,8 +99,11 @@ def cut(ids, longest):
 def train_tokenizer(texts, vocabulary):
     """A unigram model with byte fallback over an iterable of sentences -> Tokenizer."""
     out = io.BytesIO()
+    # sentencepiece leaves out sentences of more than 4,192 bytes. 1,000 characters have at most
+    # 4,000, and training reads about 64 tokens of a sentence.
+    beginnings = (text[:1000] for text in texts)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocabulary,
+        sentence_iterator=beginnings, model_writer=out, vocab_size=vocabulary,
         model_type="unigram", byte_fallback=True, character_coverage=0.9999, num_threads=1,
         minloglevel=2, hard_vocab_limit=False)
     return Tokenizer(out.getvalue())
@@ -407,6 +423,15 @@ def arguments_parser(name):
     return parser
 
 
+def keep_samples(texts, samples):
+    """Yields the texts of (language, text) pairs; keeps the first 100 of each language."""
+    for language, text in texts:
+        kept = samples.setdefault(language, [])
+        if len(kept) < 100:
+            kept.append(text)
+        yield text
+
+
 def tokenizer_command(words):
     """`python data.py tokenizer`: makes one from the texts of some files -> exit status."""
     parser = arguments_parser("data.py tokenizer")
@@ -414,8 +439,11 @@ def tokenizer_command(words):
     parser.add_argument("--vocab", type=int, default=8000, help="pieces (default: 8000)")
     parser.add_argument("--out", default="spm.model", help="file (default: spm.model)")
     args = parser.parse_args(words)
+    check_target(pathlib.Path(args.out))
+    samples = {}
+    texts = keep_samples(doctor.every_text(args.texts, args.cache), samples)
     try:
-        made = train_tokenizer(doctor.every_text(args.texts, args.cache), args.vocab)
+        made = train_tokenizer(texts, args.vocab)
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {args.vocab} pieces comes from these texts "
                          f"({reason(error)})") from None
@@ -423,6 +451,12 @@ def tokenizer_command(words):
     print(f"wrote {args.out}: vocabulary {made.size:,}")
     if made.size < args.vocab:
         print(f"these texts hold no {args.vocab:,} pieces")
+    for language, some in sorted(samples.items()):              # letters too rare for a piece?
+        pieces = [piece for ids in made.processor.encode(some) for piece in ids]
+        share = sum(map(made.processor.is_byte, pieces)) / max(1, len(pieces))
+        if share > 0.5:
+            print(f"{language}: {share:.0%} of its tokens are single bytes; give more texts in "
+                  f"{language}, or a larger --vocab")
     return 0
 
 

@@ -23,7 +23,6 @@ of a text and an image, B sequences, T tokens, M masked tokens, D width, E embed
 import argparse
 import itertools
 import json
-import os
 import pathlib
 import sys
 from statistics import fmean
@@ -444,12 +443,6 @@ def explain(model, tokenizer, image_batch):
 # Commands
 # --------------------------------------------------------------------------------------------------
 
-def check_target(file):
-    """ValueError before the work, not after it, when an output file cannot be written."""
-    if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
-        raise ValueError(f"{file} cannot be written")
-
-
 def evaluation_set(name):
     """'demo:SPLIT', or files that train.py --images can read -> rows of {"image": RGB image,
     "captions": {language: [text]}}. ValueError that names the first record that is bad."""
@@ -499,7 +492,7 @@ def main(argv=None):
     add("--json", type=pathlib.Path, metavar="FILE", help="write all numbers, as in results.json")
     args = parser.parse_args(argv)
     try:
-        check_target(args.json)
+        data.check_target(args.json)
         args.run(args, "cuda" if torch.cuda.is_available() else "cpu")
     except (ValueError, OSError) as error:
         return data.fail(error)

@@ -119,7 +119,7 @@ def main(argv=None):
                         help="the gallery (default: gallery.html)")
     args = parser.parse_args(argv)
     try:
-        evaluate.check_target(args.html)
+        data.check_target(args.html)
         search(args, "cuda" if torch.cuda.is_available() else "cpu")
     except (ValueError, OSError) as error:
         return data.fail(error)
