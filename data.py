@@ -75,8 +75,8 @@ class Tokenizer:
         # Piece 1 would become id 2, which is </s>: so the first three pieces must not be words.
         for piece in range(min(3, len(self.processor))):
             if piece != self.unknown and not self.processor.is_control(piece):
-                raise ValueError(f"its piece {piece} is {self.processor.id_to_piece(piece)!r}, "
-                                 f"where XLM-R's has <unk>, <s> or </s>")
+                word = self.processor.id_to_piece(piece)
+                raise ValueError(f"its piece {piece} is {word!r}, not <unk>, <s> or </s>")
 
     def encode(self, text, longest=None):
         """-> ids with <s> and </s>, cut to `longest` (None: not at all)."""
@@ -101,11 +101,10 @@ def train_tokenizer(texts, vocabulary):
     out = io.BytesIO()
     # sentencepiece leaves out sentences of more than 4,192 bytes. 1,000 characters have at most
     # 4,000, and training reads about 64 tokens of a sentence.
-    beginnings = (text[:1000] for text in texts)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=beginnings, model_writer=out, vocab_size=vocabulary,
-        model_type="unigram", byte_fallback=True, character_coverage=0.9999, num_threads=1,
-        minloglevel=2, hard_vocab_limit=False)
+        sentence_iterator=(text[:1000] for text in texts), model_writer=out,
+        vocab_size=vocabulary, model_type="unigram", byte_fallback=True,
+        character_coverage=0.9999, num_threads=1, minloglevel=2, hard_vocab_limit=False)
     return Tokenizer(out.getvalue())
 
 
@@ -423,15 +422,6 @@ def arguments_parser(name):
     return parser
 
 
-def keep_samples(texts, samples):
-    """Yields the texts of (language, text) pairs; keeps the first 100 of each language."""
-    for language, text in texts:
-        kept = samples.setdefault(language, [])
-        if len(kept) < 100:
-            kept.append(text)
-        yield text
-
-
 def tokenizer_command(words):
     """`python data.py tokenizer`: makes one from the texts of some files -> exit status."""
     parser = arguments_parser("data.py tokenizer")
@@ -440,10 +430,14 @@ def tokenizer_command(words):
     parser.add_argument("--out", default="spm.model", help="file (default: spm.model)")
     args = parser.parse_args(words)
     check_target(pathlib.Path(args.out))
-    samples = {}
-    texts = keep_samples(doctor.every_text(args.texts, args.cache), samples)
+    samples = {}                                # of each language its first 99 texts and its last
+
+    def texts():
+        for language, text in doctor.every_text(args.texts, args.cache):
+            samples[language] = [*samples.get(language, [])[:99], text]
+            yield text
     try:
-        made = train_tokenizer(texts, args.vocab)
+        made = train_tokenizer(texts(), args.vocab)
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {args.vocab} pieces comes from these texts "
                          f"({reason(error)})") from None

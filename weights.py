@@ -35,7 +35,7 @@ from model import CCLM, Config, build
 
 SUFFIXES = (".th", ".pth", ".bin", ".safetensors")
 USUAL = ("model.safetensors", "pytorch_model.bin")
-WRAPPERS = r"^(module\.|_orig_mod\.)+"       # DistributedDataParallel and torch.compile prefix these
+WRAPPERS = r"^(module\.|_orig_mod\.)+"       # prefixes of DistributedDataParallel, torch.compile
 
 
 def weights_file(path):

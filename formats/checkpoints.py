@@ -81,7 +81,7 @@ def read_pickle(path, mmap=False):
     """torch.load that cannot run code; ValueError in one line for a file that it cannot read.
     mmap: the tensors map the file, so the processes of one machine share one copy."""
     try:
-        mmap = mmap and zipfile.is_zipfile(path)                # torch's old format cannot be mapped
+        mmap = mmap and zipfile.is_zipfile(path)        # torch's old format cannot be mapped
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
