@@ -117,6 +117,15 @@ def test_a_short_position_table_is_read_as_it_is(tmp_path):
         weights.starting_point(None, None, flags)
 
 
+def test_a_tokenizer_that_is_named_is_used(tmp_path, tokenizer):
+    """For the demo's data too; beside a checkpoint that has one it must be the same (tests/test_refusals.py)."""
+    (tmp_path / "spm.model").write_bytes(tokenizer.model)
+    flags = {"tokenizer": tmp_path / "spm.model", "images": ["demo"], "texts": None}
+    for state in (None, {"tokenizer": None}, {"tokenizer": tokenizer.model}):
+        assert weights.starting_tokenizer(state, flags).model == tokenizer.model
+    assert weights.starting_tokenizer(None, flags | {"tokenizer": None}).model == data.demo_tokenizer().model
+
+
 def test_a_second_fusion_encoder_goes_out_and_in(tmp_path, tokenizer):
     """The ablation --no-shared_fusion: an export holds both fusion encoders; a run that begins at a checkpoint with one
     begins with two copies of it."""
