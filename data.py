@@ -103,11 +103,17 @@ class Tokenizer:
             raise ValueError(f"this is not a sentencepiece model ({error})") from None
         self.size = len(self.processor) + 2     # V: sentencepiece has no <pad> and no <mask>
         self.mask = self.size - 1
+        self.unknown = self.processor.unk_id()
+        # Piece 1 would become id 2, which is </s>: so the first three pieces must not be words.
+        for piece in range(min(3, len(self.processor))):
+            if piece != self.unknown and not self.processor.is_control(piece):
+                word = self.processor.id_to_piece(piece)
+                raise ValueError(f"its piece {piece} is {word!r}, not <unk>, <s> or </s>")
 
     def encode(self, text, longest=None):
         """-> ids with <s> and </s>, cut to `longest` (None: not at all)."""
         pieces = self.processor.encode(text)
-        ids = [BOS] + [p + 1 if p else UNKNOWN for p in pieces] + [EOS]
+        ids = [BOS] + [UNKNOWN if p == self.unknown else p + 1 for p in pieces] + [EOS]
         return cut(ids, longest) if longest else ids
 
     def pieces(self, ids):
@@ -125,10 +131,12 @@ def cut(ids, longest):
 def train_tokenizer(texts, vocabulary):
     """A unigram model with byte fallback over an iterable of sentences -> Tokenizer."""
     out = io.BytesIO()
+    # sentencepiece leaves out sentences of more than 4,192 bytes. 1,000 characters have at most
+    # 4,000, and training reads about 64 tokens of a sentence.
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocabulary,
-        model_type="unigram", byte_fallback=True, character_coverage=0.9999, num_threads=1,
-        minloglevel=2, hard_vocab_limit=False)
+        sentence_iterator=(text[:1000] for text in texts), model_writer=out,
+        vocab_size=vocabulary, model_type="unigram", byte_fallback=True,
+        character_coverage=0.9999, num_threads=1, minloglevel=2, hard_vocab_limit=False)
     return Tokenizer(out.getvalue())
 
 
@@ -479,8 +487,15 @@ def tokenizer_command(words):
     parser.add_argument("--vocab", type=int, default=8000, help="pieces (default: 8000)")
     parser.add_argument("--out", default="spm.model", help="file (default: spm.model)")
     args = parser.parse_args(words)
+    check_target(pathlib.Path(args.out))
+    samples = {}                                # of each language its first 99 texts and its last
+
+    def texts():
+        for language, text in doctor.every_text(args.texts, args.cache):
+            samples[language] = [*samples.get(language, [])[:99], text]
+            yield text
     try:
-        made = train_tokenizer(doctor.every_text(args.texts, args.cache), args.vocab)
+        made = train_tokenizer(texts(), args.vocab)
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {args.vocab} pieces comes from these texts "
                          f"({reason(error)})") from None
@@ -488,6 +503,12 @@ def tokenizer_command(words):
     print(f"wrote {args.out}: vocabulary {made.size:,}")
     if made.size < args.vocab:
         print(f"these texts hold no {args.vocab:,} pieces")
+    for language, some in sorted(samples.items()):              # letters too rare for a piece?
+        pieces = [piece for ids in made.processor.encode(some) for piece in ids]
+        share = sum(map(made.processor.is_byte, pieces)) / max(1, len(pieces))
+        if share > 0.5:
+            print(f"{language}: {share:.0%} of its tokens are single bytes; give more texts in "
+                  f"{language}, or a larger --vocab")
     return 0
 
 

@@ -16,6 +16,7 @@ import argparse
 import functools
 import json
 import pathlib
+import re
 from dataclasses import asdict, fields
 
 import torch
@@ -33,6 +34,7 @@ from model import CCLM, Config, build
 
 SUFFIXES = (".th", ".pth", ".bin", ".safetensors")
 USUAL = ("model.safetensors", "pytorch_model.bin")
+WRAPPERS = r"^(module\.|_orig_mod\.)+"       # prefixes of DistributedDataParallel, torch.compile
 
 
 def weights_file(path):
@@ -55,7 +57,7 @@ def read_tensors(file):
         for tensors in (whole.get("model"), whole.get("module"), whole.get("state_dict"), whole):
             if isinstance(tensors, dict) and tensors:
                 if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-                    return tensors
+                    return {re.sub(WRAPPERS, "", str(name)): t for name, t in tensors.items()}
     raise ValueError(f"{file} holds no state dict, neither bare nor under 'model' or 'module'")
 
 
@@ -251,13 +253,18 @@ def starting_point(path, state, flags):
 
 
 def starting_tokenizer(state, flags):
-    """The tokenizer of a checkpoint; else, with own data, that of --tokenizer; else the demo's."""
+    """The tokenizer of a checkpoint; else that of --tokenizer; else, without own data, the demo's.
+    ValueError if --tokenizer names another one than the checkpoint's."""
+    given = flags.get("tokenizer") and data.load_tokenizer(flags["tokenizer"])
     if state and state["tokenizer"]:
+        if given and given.model != state["tokenizer"]:
+            raise ValueError(f"--tokenizer {flags['tokenizer']} is not the tokenizer that the "
+                             f"checkpoint was trained with: leave --tokenizer out")
         return data.Tokenizer(state["tokenizer"])
     own_files = [flags.get(name) not in (None, ["demo"]) for name in ("images", "texts")]
-    if any(own_files):
-        return data.load_tokenizer(flags["tokenizer"])
-    return data.demo_tokenizer()
+    if any(own_files) and not given:
+        data.load_tokenizer(None)                                # ValueError: how to get one
+    return given or data.demo_tokenizer()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -62,13 +62,27 @@ def keep_earlier(path, keep):
         stale.unlink()
 
 
+class Ignored:
+    """Stands for a NumPy number or array in a pickle: a best score or a random state, no weights.
+    NumPy's own constructors would trust any bytes."""
+
+    def __init__(self, *arguments):
+        pass
+
+    __setstate__ = __init__
+
+
+NUMPY = ("dtype", "ndarray", "core.multiarray.scalar", "core.multiarray._reconstruct",   # NumPy 1
+         "_core.multiarray.scalar", "_core.multiarray._reconstruct")                     # NumPy 2
+HARMLESS = [argparse.Namespace, *((Ignored, f"numpy.{name}") for name in NUMPY)]
+
+
 def read_pickle(path, mmap=False):
     """torch.load that cannot run code; ValueError in one line for a file that it cannot read.
     mmap: the tensors map the file, so the processes of one machine share one copy."""
     try:
-        # torch's old format cannot be mapped. argparse.Namespace is plain data that trainers save.
-        mmap = mmap and zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        mmap = mmap and zipfile.is_zipfile(path)        # torch's old format cannot be mapped
+        with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint or file of weights") from None

@@ -164,7 +164,7 @@ def doctor(arguments, encode, longest, cache, image_root):
 
 
 def every_text(arguments, cache, most=2_000_000):
-    """The texts of some sources in all languages; of many records every second, third ... one.
+    """(language, text) of some sources' texts; of many records every second, third ... one.
     Broken ones are passed over: the doctor names them."""
     readers = [reader for source in parse_all(arguments)
                for reader in open_readers(source, cache=cache)]
@@ -177,5 +177,5 @@ def every_text(arguments, cache, most=2_000_000):
                     captions = reader.texts(i)
             except BadRecord:
                 continue
-            for texts in captions.values():
-                yield from texts
+            for language, texts in captions.items():
+                yield from ((language, text) for text in texts)

@@ -1,8 +1,11 @@
 """Tokenizer, masking, order, streams and the built-in data."""
 import collections
+import io
 
 import numpy as np
 import pytest
+import samples
+import sentencepiece
 import torch
 
 import data
@@ -16,6 +19,44 @@ def test_ids_are_laid_out_as_in_xlm_r(tokenizer):
     assert [i - 1 for i in ids[1:-1]] == tokenizer.processor.encode("red apple")
     assert tokenizer.processor.decode([i - 1 for i in ids[1:-1]]) == "red apple"
     assert tokenizer.pieces([0, 2, tokenizer.mask]) == ["<s>", "</s>", "<mask>"]
+
+
+WORDS = {"en": "a red dog and a blue cat see the old house", "ka": "წითელი ძაღლი კატა ბურთი სახლი ხე კაცი ქალი"}
+
+
+def sentences(language, count, words=8):
+    """Random sentences of a few words."""
+    rng = np.random.default_rng(count)
+    return [" ".join(rng.choice(WORDS[language].split(), words)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("layout", [{}, {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}])
+def test_sentencepiece_models_of_xlm_r_and_of_t5_become_the_same_ids(layout):
+    """T5's first three pieces are <pad> </s> <unk>: as with XLM-R's <unk> <s> </s>, piece p is id p + 1 from 3 on."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences("en", 50)), model_writer=out, vocab_size=40,
+                                             hard_vocab_limit=False, minloglevel=2, **layout)
+    made = data.Tokenizer(out.getvalue())
+    ids = made.encode("a red ж dog")
+    assert ids[0] == data.BOS and ids[-1] == data.EOS and ids[1:-1].count(data.UNKNOWN) == 1 and min(ids[1:-1]) == 3
+    assert "".join(made.pieces(ids)) == "<s>▁a▁red▁<unk>▁dog</s>"
+
+
+def test_a_language_of_long_sentences_has_its_pieces():
+    """sentencepiece itself leaves out a sentence of more than 4,192 bytes."""
+    long = sentences("ka", 20, words=700)
+    assert min(len(text.encode()) for text in long) > 4192
+    made = data.train_tokenizer(sentences("en", 50) + long, 400)
+    assert "".join(made.pieces(made.encode(WORDS["ka"]))) == f"<s>▁{WORDS['ka']}</s>".replace(" ", "▁")
+
+
+def test_a_language_without_pieces_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    english = [{"text": {"en": a, "cy": b}} for a, b in zip(sentences("en", 3000), sentences("en", 3001))]
+    for rare in (1, 300):
+        samples.lines("a.jsonl", english + [{"text": {"en": "a red dog", "ka": WORDS["ka"]}}] * rare)
+        assert data.main(["tokenizer", "--texts", "a.jsonl", "--vocab", "400"]) == 0
+        assert ("ka: 72% of its tokens are single bytes; give more texts in ka" in capsys.readouterr().out) == (rare == 1)
 
 
 def test_a_long_sentence_is_cut_and_still_ends(tokenizer):

@@ -1,5 +1,6 @@
 """What the commands refuse: one line that says what, where and what to do, status 2, and nothing is written. One table:
 name of the case, files, command, words of the line."""
+import io
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import shlex
 from dataclasses import asdict
 
 import pytest
+import sentencepiece
 import torch
 
 import data
@@ -78,6 +80,16 @@ def own(config=None, tokens=True, model={}, more={}):
         settings = {} if config == {} else asdict(cclm.config) | (config or {})
         return {"model": cclm.state_dict(), "step": 1, "tokenizer": tokenizer.model if tokens else None,
                 "config": {"model": settings, "train": {}}} | more
+    return made
+
+
+def pieces(**layout):
+    """A sentencepiece model of other texts; layout: ids of its special pieces."""
+    def made(_):
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a red dog"] * 9), model_writer=out, vocab_size=15,
+                                                 hard_vocab_limit=False, minloglevel=2, **layout)
+        return out.getvalue()
     return made
 
 
@@ -210,6 +222,15 @@ CASES = [
       for raw in (b"", b"hello, I am a text", b"PK\x03\x04 a broken archive")),
     ("no images", {}, OWN + "--images none/*.tar", ["none/*.tar: no such file"]),
     ("no tokenizer", {}, OWN + "--tokenizer none", ["none is not a tokenizer"]),
+    ("no tokenizer for the demo", {}, TRAIN + "--tokenizer none", ["none is not a tokenizer"]),
+    ("no tokenizer beside --init", {"a.pt": own()}, TRAIN + "--init a.pt --tokenizer none", ["none is not a tokenizer"]),
+    ("another tokenizer than --init's", {"a.pt": own(), "b": pieces()}, TRAIN + "--init a.pt --tokenizer b",
+     ["--tokenizer b is not the tokenizer", "leave --tokenizer out"]),
+    *((f"a tokenizer in which {what} is a word", {"b": pieces(**layout)}, OWN + "--tokenizer b", ["b is not a tokenizer", piece])
+      for what, piece, layout in (("the second piece", "its piece 1 is", {"bos_id": -1, "eos_id": -1}),
+                                  ("the first piece", "its piece 0 is", {"unk_id": 4, "bos_id": 1, "eos_id": 2}))),
+    ("a tokenizer into no folder", {"a.en": b"a\n", "a.de": b"b\n"}, "data tokenizer --texts a.en a.de --out none/spm.model",
+     ["none/spm.model cannot be written"]),
     ("no texts", {}, OWN + "--texts none.tsv", ["none.tsv: no such file"]),
     ("a language that nobody speaks", {}, OWN + "--languages xx", ["no record in xx, but in cs de en fr ja zh"]),
     ("one of two languages", {}, OWN + "--languages en xx", ["--languages: no record is in xx; there are cs de en"]),

@@ -11,7 +11,7 @@ import data
 import evaluate
 import train
 from demo import emoji
-from model import PRESETS, RECIPE, RECIPES
+from model import PRESETS, RECIPE, RECIPES, FusionLayer, View
 
 TINY = ("--batch 16 --text_batch 16 --width 64 --vision_mlp 128 --text_mlp 128 --fusion_mlp 128 "
         "--vision_layers 1 --workers 0 --no-eval").split()
@@ -234,6 +234,32 @@ def test_one_step_clips_and_clamps_and_seeds(tmp_path):
         assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.01, rel=1e-3)
     (first, drawn), (second, drawn_then) = seeds
     assert drawn != drawn_then and len({first, first + 1, second, second + 1}) == 4      # text draws with seed + 1
+
+
+def test_dropout_differs_between_processes_and_steps(tmp_path, monkeypatch):
+    """The first number that a forward pass draws, in steps 0 and 1 of processes 0 and 1 of two."""
+    run = train.prepare(train.settings([*TINY, "--out", str(tmp_path)]), torch.device("cpu"))
+    forward, drawn = run.objective.forward, []
+    run.wrapped = lambda *batch, seed: drawn.append(torch.rand(()).item()) or forward(*batch, seed=seed)
+    *batch, stats = run.batches[0]
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "world", lambda: (rank, 2))
+        for step in (0, 1):
+            train.train_step(run, batch, stats, step)
+    assert len(set(drawn)) == 4
+
+
+def test_copies_of_a_sentence_drop_different_numbers():
+    """A fusion layer in which only the self-attention's output is left: two copies of a text differ by its dropout."""
+    torch.manual_seed(0)
+    layer, one = FusionLayer(width=8, heads=1, mlp_width=8, eps=1e-5, dropout=0.5), torch.tensor([0, 3], dtype=torch.int32)
+    for part in (layer.cross.out, layer.mlp.down):
+        torch.nn.init.zeros_(part.weight)
+        torch.nn.init.zeros_(part.bias)
+    text, copies = View(torch.randn(3, 8), one, None, None), torch.tensor([0, 1, 2, 0, 1, 2])
+    for training in (True, False):
+        first, second = layer.train(training)(text.states, one, text, copies, 2 * one, text).chunk(2)
+        assert torch.equal(first, second) != training
 
 
 def test_a_rate_of_zero_freezes_a_tower(tmp_path):

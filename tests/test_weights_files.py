@@ -6,6 +6,7 @@ import pathlib
 import shlex
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,9 +42,10 @@ def test_safetensors_keep_every_dtype_and_shape(tmp_path):
     assert all(back[k].dtype == t.dtype and torch.equal(back[k], t) for k, t in tensors.items())
 
 
-@pytest.mark.parametrize("kind", ["new", "old", "half", "safetensors"])
+@pytest.mark.parametrize("kind", ["new", "old", "half", "safetensors", "wrapped"])
 def test_all_formats_of_one_encoder_give_one_import(tmp_path, kind):
-    """torch's two formats, 16-bit numbers (become fp32), safetensors; with and without the prefix roberta."""
+    """torch's two formats, 16-bit numbers (become fp32), safetensors; with and without the prefix roberta. wrapped:
+    names as DistributedDataParallel and torch.compile leave them, NumPy's numbers and arrays beside the weights."""
     tensors = xlmr(64, 1)
     tensors = {name: t.half().float() if t.is_floating_point() else t for name, t in tensors.items()}
     bare = {name.removeprefix("roberta."): t for name, t in tensors.items()}
@@ -52,12 +54,25 @@ def test_all_formats_of_one_encoder_give_one_import(tmp_path, kind):
         weights.write_safetensors(path, bare)
     else:
         stored = {k: t.half() if t.is_floating_point() else t for k, t in bare.items()} if kind == "half" else tensors
+        if kind == "wrapped":
+            stored = {"model": {f"module._orig_mod.{name}": t for name, t in tensors.items()},
+                      "best": np.float64(0.5), "random": np.random.get_state(), "type": np.dtype("f4")}
         torch.save(stored, path, _use_new_zipfile_serialization=kind != "old")
     got = weights.read_source(path)
     want = {"text.token_embedding.weight": "embeddings.word_embeddings.weight",
             "text.layers.0.mlp.up.bias": "encoder.layer.0.intermediate.dense.bias"}
     assert all(got.weights[a].dtype == torch.float32 and torch.equal(got.weights[a], bare[b]) for a, b in want.items())
     assert len(got.weights) == len(bare) - 1 and got.fields["vocabulary"] == 100
+
+
+def test_numpy_1_and_2_are_read_over(tmp_path):
+    """Their modules have two names. The old format is one stream of pickles, in which the name stands as text."""
+    torch.save({"best": np.float64(0.5), "a": torch.ones(3)}, tmp_path / "2.pt", _use_new_zipfile_serialization=False)
+    raw = (tmp_path / "2.pt").read_bytes()
+    assert raw.count(b"cnumpy._core.multiarray") == 1
+    (tmp_path / "1.pt").write_bytes(raw.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
+    for name in ("1.pt", "2.pt"):
+        assert torch.equal(checkpoints.read_pickle(tmp_path / name)["a"], torch.ones(3))
 
 
 def theirs_tokenizer(encoders):
@@ -100,6 +115,15 @@ def test_a_short_position_table_is_read_as_it_is(tmp_path):
              "tokenizer": None}
     with pytest.raises(ValueError, match="--tokenizer"):                     # none lay beside the file
         weights.starting_point(None, None, flags)
+
+
+def test_a_tokenizer_that_is_named_is_used(tmp_path, tokenizer):
+    """For the demo's data too; beside a checkpoint that has one it must be the same (tests/test_refusals.py)."""
+    (tmp_path / "spm.model").write_bytes(tokenizer.model)
+    flags = {"tokenizer": tmp_path / "spm.model", "images": ["demo"], "texts": None}
+    for state in (None, {"tokenizer": None}, {"tokenizer": tokenizer.model}):
+        assert weights.starting_tokenizer(state, flags).model == tokenizer.model
+    assert weights.starting_tokenizer(None, flags | {"tokenizer": None}).model == data.demo_tokenizer().model
 
 
 def test_a_second_fusion_encoder_goes_out_and_in(tmp_path, tokenizer):
