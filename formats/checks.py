@@ -8,7 +8,9 @@ A check counts what it tests and what it finds wrong. A share that good files ha
 """
 import collections
 import itertools
+import random
 import re
+import unicodedata
 
 import numpy as np
 
@@ -17,7 +19,7 @@ FEWEST = 100                        # pairs or texts from which something can be
 FEW = 20                            # and for a share of them
 SHIFTS = (-1, 1, -2, 2, -3, 3)      # lines that one side may be late
 TRIGRAMS = 1 << 15                  # trigrams of letters are hashed to so many numbers
-SAMPLE = 1000                       # about so many texts of a language and source teach them
+SAMPLE = 1000                       # texts of a language and source that teach them
 LONG = 20                           # trigrams of a text whose language can be told
 MARGIN = 20                         # how much likelier another language is: e^20 times
 
@@ -44,39 +46,21 @@ HEADER = {"source", "target", "src", "tgt", "text", "caption", "captions", "sent
 SIGNS = bytes(range(0x80, 0xC0)).decode("cp1252", "ignore") + "".join(map(chr, range(0x80, 0xC0)))
 WRONG = re.compile(f"\ufffd|[\xc2\xc3][{SIGNS}]|\xe2\u20ac|(?:[\xd0\xd1][{SIGNS}]|"
                    f"[\xe0-\xe9][{SIGNS}]{{2}}){{2}}")
-LETTER = re.compile(r"[^\W\d_]")
 DIGIT = re.compile(r"\d")
 
-SCRIPTS = {                         # letters of a script: languages that are written in it alone
-    "A-Za-z\xc0-\u024f\u1e00-\u1eff":
-        "af ca cs cy da de en eo es et eu fi fr ga gl hr hu id is it la lt lv ms mt nb nl nn no pl "
-        "pt ro sk sl so sq sv sw tl tr vi zu",
-    "\u0370-\u03ff\u1f00-\u1fff": "el",
-    "\u0400-\u052f": "be bg ky mk mn ru tg uk",
-    "\u0530-\u058f": "hy",
-    "\u0590-\u05ff": "he yi",
-    "\u0600-\u077f\ufb50-\ufefc": "ar ckb fa ps ug ur",
-    "\u0900-\u097f": "hi mr ne",
-    "\u0980-\u09ff": "as bn",
-    "\u0a80-\u0aff": "gu",
-    "\u0b80-\u0bff": "ta",
-    "\u0c00-\u0c7f": "te",
-    "\u0c80-\u0cff": "kn",
-    "\u0d00-\u0d7f": "ml",
-    "\u0d80-\u0dff": "si",
-    "\u0e00-\u0e7f": "th",
-    "\u10a0-\u10ff": "ka",
-    "\u1200-\u137f": "am ti",
-    "\u3005-\u30ff\u3400-\u9fff\uff66-\uff9f": "ja",
-    "\u3400-\u9fff": "zh yue",
-    "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af": "ko",
+# First words of the Unicode names of a script's letters: languages that are written in it alone.
+SCRIPTS = {
+    "LATIN": "af ca cs cy da de en eo es et eu fi fr ga gl hr hu id is it lt lv ms mt nb nl nn no "
+             "pl pt ro sk sl so sq sv sw tl tr vi zu",
+    "CYRILLIC": "be bg ky mk mn ru tg uk", "ARABIC": "ar ckb fa ps ug ur", "HEBREW": "he yi",
+    "DEVANAGARI": "hi mr ne", "BENGALI": "as bn", "ETHIOPIC": "am ti", "GREEK": "el", "ARMENIAN":
+    "hy", "GEORGIAN": "ka", "GUJARATI": "gu", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn",
+    "MALAYALAM": "ml", "SINHALA": "si", "THAI": "th", "HANGUL": "ko", "CJK": "zh yue",
+    "CJK HIRAGANA KATAKANA": "ja",
 }
-LETTERS = {code: re.compile(f"[{letters}]") for letters, codes in SCRIPTS.items()
-           for code in codes.split()}
+LETTERS = {code: tuple(names.split()) for names, codes in SCRIPTS.items() for code in codes.split()}
 UNNAMED = {"source", "target", "unknown"}       # where a file names no language
 NO_CODES = {"cz": "cs", "jp": "ja", "cn": "zh", "gr": "el", "ua": "uk", "dk": "da", "sp": "es"}
-LONG_CODES = {"eng": "en", "deu": "de", "ger": "de", "fra": "fr", "fre": "fr", "spa": "es",
-              "ces": "cs", "zho": "zh", "jpn": "ja", "rus": "ru", "por": "pt", "ita": "it"}
 
 
 def base(code):
@@ -92,7 +76,8 @@ class Checks:
         self.wrong = collections.Counter()      # (kind, languages) -> how many
         self.first = {}                         # (kind, languages) -> where
         self.windows = collections.defaultdict(list)    # languages -> [(where, length, length)]
-        self.samples = {}                       # language -> [(where, text)], evenly spaced
+        self.samples = collections.defaultdict(list)    # language -> [(where, text)]
+        self.random = random.Random(0)
 
     def note(self, kind, languages, where, count=1):
         self.wrong[kind, languages] += count
@@ -107,18 +92,20 @@ class Checks:
             self.note("missing", language, here)
         if bare[0] == bare[-1] == '"':
             self.note("quotes", language, here)
-        script = LETTERS.get(language) or LETTERS.get(base(language), LETTER)
-        if not script.search(text):
-            self.note("script" if LETTER.search(text) else "letters", language, here)
+        letters = filter(str.isalpha, text)
+        script = LETTERS.get(base(language), "")
+        if not any(unicodedata.name(letter, "").startswith(script) for letter in letters):
+            has_letters = any(map(str.isalpha, text))
+            self.note("script" if has_letters else "letters", language, here)
 
-        # The sample holds every text, then every second, every fourth ...
-        sample = self.samples.setdefault(language, [])
-        seen = self.tested[language]
-        if seen % spacing(seen) == 0:
-            sample.append((where, text))
-        if len(sample) == 2 * SAMPLE:
-            del sample[1::2]
+        # A sample of all so far, each with the same probability.
+        sample = self.samples[language]
         self.tested[language] += 1
+        place = self.random.randrange(self.tested[language])
+        if len(sample) < SAMPLE:
+            sample.append((where, text))
+        elif place < SAMPLE:
+            sample[place] = where, text
 
     def first_line(self, where, texts):
         """Is it no record but the names of columns?"""
@@ -182,11 +169,6 @@ class Checks:
                 yield f"{of} {words} (first: {self.first[kind, languages]})"
 
 
-def spacing(seen):
-    """Every how many texts a sample takes one, when it has seen so many."""
-    return 1 << max(0, (seen // SAMPLE).bit_length() - 1)
-
-
 def numbers(text):
     return sorted(int(digit) for digit in DIGIT.findall(text))
 
@@ -209,10 +191,9 @@ def codes_alike(codes):
         usual = NO_CODES.get(code.lower(), code)
         if usual != code:
             yield f"{code} is no language code: is it {usual}?"
-        groups[LONG_CODES.get(base(usual), base(usual))].append(code)
+        groups[base(usual)].append(code)
     for usual, same in groups.items():
-        bare = [code for code in same if code.lower() == usual or len(code) == 3]
-        if len(same) > 1 and bare:
+        if len(same) > 1 and usual in map(str.lower, same):     # zh-Hans and zh-Hant may be two
             yield f"{', '.join(same)} are different languages here: use one code"
 
 
@@ -246,6 +227,8 @@ def languages_mixed(samples):
     """{language: [(where, text)]} -> warnings of texts that look like another of the languages."""
     samples = {k: texts for k, texts in samples.items() if len(texts) >= FEWEST and
                k not in UNNAMED}
+    if len(samples) < 2:
+        return
     names = list(samples)
     found = likelihoods(samples)
     for k, name in enumerate(names):

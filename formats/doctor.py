@@ -125,7 +125,7 @@ class Findings:
              f"{'pairs' if self.pairs else 'images'}, "
              f"{repeated(self.texts):,} of {len(self.texts):,} texts")
         for k in np.argsort(again)[:3]:
-            show("", f"{self.where(again[k])} = {self.where(before[k])}")
+            show("duplicate", f"{self.where(again[k])} = {self.where(before[k])}")
         label = "longest"
         for length, where, language, text in self.top:
             show(label, f"{length}  {where}  {language}: {short(text)}")
