@@ -520,9 +520,14 @@ def doctor_command(words):
     parser.add_argument("--longest", type=int, default=64,
                         help="tokens of a sentence that training reads (default: 64)")
     parser.add_argument("--image_root", help="folder of the images that JSON lines name")
+    parser.add_argument("--list", metavar="FILE", help="new file: every broken record, one a line")
     args = parser.parse_args(words)
     encode = load_tokenizer(args.tokenizer).encode if args.tokenizer else None
-    return doctor.doctor(args.paths, encode, args.longest, args.cache, args.image_root)
+    options = args.longest, args.cache, args.image_root
+    if not args.list:
+        return doctor.doctor(args.paths, encode, *options)
+    with open(args.list, "x", encoding="utf-8") as listing:     # never over a file of data
+        return doctor.doctor(args.paths, encode, *options, listing)
 
 
 def main(argv=None):

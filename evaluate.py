@@ -19,8 +19,12 @@ Letters: I images, n captions of one language, U different texts, K candidates o
 of a text and an image, B sequences, T tokens, M masked tokens, D width, E embedding, V vocabulary.
 
     python evaluate.py retrieval --ckpt out/ckpt.pt --data demo:test_style --json scores.json
+    python evaluate.py pairs --ckpt out/ckpt.pt --data FILES      which pairs do not fit?
 """
 import argparse
+import collections
+import contextlib
+import heapq
 import itertools
 import json
 import pathlib
@@ -35,9 +39,9 @@ from tqdm import tqdm
 
 import data
 from demo import emoji
-from formats.images import eval_transform, normalise
-from formats.records import BadRecord
-from formats.sources import ImageFiles, parse_all
+from formats.images import eval_transform, normalise, rgb, undecoded
+from formats.records import BadRecord, reading
+from formats.sources import ImageFiles, open_readers, parse_all
 from kernels.packed import gather_sequences, offsets
 from losses import MaskedText, cross_view, fuse_pairs, hard_negatives
 from model import View
@@ -445,6 +449,70 @@ def explain(model, tokenizer, image_batch):
 
 
 # --------------------------------------------------------------------------------------------------
+# Pairs that do not fit
+# --------------------------------------------------------------------------------------------------
+
+def good_records(reader, numbers):
+    """-> (where, image or first text, {name of the pair: other text}) of each."""
+    for i in numbers:
+        with contextlib.suppress(BadRecord), reading(reader, i):
+            raw, captions = reader.record(i)
+            texts = {language: group[0] for language, group in captions.items()}
+            if reader.images:
+                name = "image"
+                with undecoded(raw) as image:
+                    first = rgb(image)
+            else:
+                name = next(iter(texts))
+                first = texts.pop(name)
+            yield reader.where(i), first, {f"{name} and {k}": text for k, text in texts.items()}
+
+
+@torch.inference_mode()
+def lost_pairs(model, tokenizer, reader):
+    """Which pairs of a file do not find each other among BATCH neighbours, in one direction or the
+    other? -> {name of the pair: (how many pairs, how many are lost, [(margin, where, text)])}. The
+    list has the ten worst; margin: the pair's cosine minus that of the best wrong one."""
+    count = collections.Counter()
+    lost = collections.Counter()
+    worst = collections.defaultdict(list)
+    for start in range(0, len(reader), BATCH):
+        rows = list(good_records(reader, range(start, min(start + BATCH, len(reader)))))
+        if not rows:
+            continue
+        first = [row[1] for row in rows]
+        if reader.images:
+            a = encode_images(model, first).vectors                          # (rows, E)
+        else:
+            view, place = encode_texts(model, tokenizer, first)
+            a = view.vectors[place]                                          # (rows, E)
+        for name in dict.fromkeys(name for row in rows for name in row[2]):
+            index = [i for i, row in enumerate(rows) if name in row[2]]
+            texts = [rows[i][2][name] for i in index]
+            view, place = encode_texts(model, tokenizer, texts)
+            cosine = a[index] @ view.vectors[place].T                        # (n, n)
+            own = cosine.diag()                                              # (n,)
+            others = cosine.clone().fill_diagonal_(-torch.inf)
+            margin = own - torch.maximum(others.amax(0), others.amax(1))     # (n,)
+            count[name] += len(index)
+            lost[name] += int((margin < -1e-4).sum())                        # equal ones are right
+            found = [(x, rows[i][0], text) for x, i, text in zip(margin.tolist(), index, texts)]
+            worst[name] = heapq.nsmallest(10, worst[name] + found)
+    return {name: (n, lost[name], worst[name]) for name, n in count.items()}
+
+
+def pairs_command(args, device):
+    model, tokenizer = load(args.ckpt, device)
+    for source in parse_all(args.data):
+        for reader in open_readers(source, root=args.image_root):
+            for name, (n, lost, worst) in lost_pairs(model, tokenizer, reader).items():
+                print(f"{reader.path}: {name}: {lost:,} of {n:,} pairs ({100 * lost / n:.1f} %) do "
+                      f"not find each other among {min(n, BATCH)}; the worst:")
+                for margin, where, text in worst:
+                    print(f"  {margin:6.2f}  {where}: {text[:80]}")
+
+
+# --------------------------------------------------------------------------------------------------
 # Commands
 # --------------------------------------------------------------------------------------------------
 
@@ -485,7 +553,7 @@ def main(argv=None):
     strict = {"usage": argparse.SUPPRESS, "allow_abbrev": False}             # errors are one line
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, **strict)
-    commands = parser.add_subparsers(required=True, metavar="{retrieval}", prog=parser.prog)
+    commands = parser.add_subparsers(required=True, metavar="{retrieval,pairs}", prog=parser.prog)
     style = argparse.ArgumentDefaultsHelpFormatter
     score = commands.add_parser("retrieval", help="recall by language, both directions",
                                 formatter_class=style, **strict)
@@ -496,6 +564,13 @@ def main(argv=None):
     add("--rerank", type=int, default=16, metavar="K", help="candidates to re-rank; 0: none")
     add("--languages", nargs="+", help="only these; None: all that occur")
     add("--json", type=pathlib.Path, metavar="FILE", help="write all numbers, as in results.json")
+    pairs = commands.add_parser("pairs", help="pairs whose vectors do not find each other",
+                                formatter_class=style, **strict)
+    pairs.set_defaults(run=pairs_command, json=None)
+    add = pairs.add_argument
+    add("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
+    add("--data", nargs="+", required=True, default=argparse.SUPPRESS, help="files to train on")
+    add("--image_root", help="folder of the images that JSON lines name")
     args = parser.parse_args(argv)
     try:
         data.check_target(args.json)

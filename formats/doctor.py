@@ -8,12 +8,14 @@ written: formats/sources.py; what files may hold: formats/records.py.
 import array
 import collections
 import heapq
+import itertools
 import sys
 import textwrap
 
 import numpy as np
 from tqdm import tqdm
 
+from formats import checks
 from formats.images import rgb, undecoded
 from formats.records import BadRecord, identity, reading
 from formats.sources import open_readers, parse_all
@@ -23,16 +25,20 @@ class Findings:
     """What the doctor has seen of one kind of files. Of an image or text it keeps some bytes of
     numbers: millions fit into memory."""
 
-    def __init__(self, readers, encode=None, longest=64):
+    def __init__(self, readers, encode=None, longest=64, listing=None):
+        """encode: text -> tokens; without a tokenizer letters are counted. listing: a file for
+        every broken record."""
         self.readers = readers
+        self.listing = listing
+        self.checks = checks.Checks()
         self.pairs = not readers[0].images
-        self.encode = encode or list            # text -> tokens; without a tokenizer letters
+        self.encode = encode or list
         self.unit = "tokens" if encode else "characters"
         self.longest = longest
         self.languages = collections.Counter()
         self.texts_per_record = collections.Counter()
         self.formats = collections.Counter()
-        self.records = array.array("q")         # an identity each
+        self.records = array.array("q")         # an identity each, 0 for a broken one
         self.texts = array.array("q")
         self.lengths = array.array("i")
         self.top = []                           # (length, where, language, text), the ten longest
@@ -48,21 +54,32 @@ class Findings:
                 if self.pairs and len(captions) < 2:
                     raise ValueError(f"one language only ({' '.join(captions)}), not two")
                 if not self.pairs:
-                    self.look_at_image(raw)
+                    self.look_at_image(raw, reader.where(i))
         except BadRecord as error:
             self.add_broken(str(error))
+            self.records.append(0)
             return
         texts = [(language, text) for language, group in captions.items() for text in group]
         self.add(reader.where(i), raw, texts)
+        if self.pairs:
+            first = [(language, group[0]) for language, group in captions.items()]
+            self.checks.pairs(reader.where(i), first)
+            if i == 0:
+                self.checks.first_line(reader.where(i), first)
 
-    def look_at_image(self, raw):
+    def look_at_image(self, raw, where):
         with undecoded(raw) as image:
+            size = image.size
             image.draft("RGB", (1, 1))          # a JPEG is read to its end but decoded at 1/8
-            rgb(image)
             self.formats[image.format] += 1
+            darkest, brightest = np.array(rgb(image).getextrema()).T         # (3,) each
+        if min(size) == 1 or (darkest == brightest).all():
+            self.checks.note("picture", "", where)
 
     def add_broken(self, message):
         self.broken += 1
+        if self.listing:
+            print(message, file=self.listing)
         if self.broken <= 10:
             self.messages.append(message)
 
@@ -76,6 +93,7 @@ class Findings:
             self.lengths.append(length)
             self.texts.append(identity(f"{language} {text}".encode()))
             new.append((length, where, language, text))
+            self.checks.text(where, language, text)
         self.top = heapq.nlargest(10, self.top + new)
         if len(self.samples) < 3:
             self.samples.append((where, texts))
@@ -88,6 +106,8 @@ class Findings:
               f"{size:,.1f} MiB")
         if self.records:
             self.report_good()
+        for line in self.checks.warnings():
+            show("warning", line)
         show("broken", f"{self.broken:,} records" if self.broken else "none")
         for message in self.messages:
             show("", message)
@@ -98,10 +118,13 @@ class Findings:
              "  ".join(f"{k}: {n:,}" for k, n in sorted(self.texts_per_record.items())))
         show("images", "  ".join(f"{k} {n:,}" for k, n in self.formats.most_common()))
         show(self.unit, self.lengths_line())
+        again, before = self.twins()
         show("exact duplicates",
-             f"{repeated(self.records):,} of {len(self.records):,} "
+             f"{len(again):,} of {len(self.records) - self.records.count(0):,} "
              f"{'pairs' if self.pairs else 'images'}, "
              f"{repeated(self.texts):,} of {len(self.texts):,} texts")
+        for k in np.argsort(again)[:3]:
+            show("duplicate", f"{self.where(again[k])} = {self.where(before[k])}")
         label = "longest"
         for length, where, language, text in self.top:
             show(label, f"{length}  {where}  {language}: {short(text)}")
@@ -111,6 +134,21 @@ class Findings:
             shown = "  ".join(f"{language}: {short(text)}" for language, text in texts[:3])
             show(label, f"{where}  {shown}")
             label = ""
+
+    def twins(self):
+        """-> (numbers of the records that are there before, numbers of those they repeat)."""
+        same = np.asarray(self.records)
+        order = same.argsort(kind="stable")
+        order = order[same[order] != 0]
+        repeats = same[order[1:]] == same[order[:-1]]
+        return order[1:][repeats], order[:-1][repeats]
+
+    def where(self, number):
+        """The place of a record, counted through all files."""
+        for reader in self.readers:
+            if number < len(reader):
+                return reader.where(int(number))
+            number -= len(reader)
 
     def lengths_line(self):
         lengths = np.asarray(self.lengths)
@@ -141,26 +179,47 @@ def bar(items, total, name=None):
     return tqdm(items, desc=name, total=total, leave=False, disable=not sys.stderr.isatty())
 
 
-def doctor(arguments, encode, longest, cache, image_root):
+def compare(sources):
+    """{name: Findings} -> warnings of what lies in several sources and of their languages."""
+    for (a, one), (b, other) in itertools.combinations(sources.items(), 2):
+        same = np.setdiff1d(np.intersect1d(one.records, other.records), [0])
+        if len(same):
+            first, second = (found.where(found.records.index(same[0])) for found in (one, other))
+            yield (f"{len(same):,} records of {a} are also in {b}: do you test what you train on? "
+                   f"({first} = {second})")
+        texts = np.intersect1d(one.texts, other.texts)
+        if len(texts) > 0.01 * min(len(one.texts), len(other.texts)):
+            yield f"{len(texts):,} texts of {a} are also in {b}"
+    samples = collections.defaultdict(list)
+    for found in sources.values():
+        for language, texts in found.checks.samples.items():
+            samples[language] += texts
+    yield from checks.codes_alike(samples)
+    yield from checks.languages_mixed(samples)
+
+
+def doctor(arguments, encode, longest, cache, image_root, listing=None):
     """Prints the findings of every source -> exit status: 1 if a record is broken. encode: text ->
-    its tokens, or None; longest: how many of them training reads."""
-    broken = 0
+    its tokens, or None; longest: how many of them training reads; listing: file for the broken."""
+    seen = {}
     for source in parse_all(arguments):
         readers = open_readers(source, cache=cache, root=image_root)
         for images in (True, False):            # a folder may hold both
             some = [reader for reader in readers if reader.images == images]
             if not some:
                 continue
-            findings = Findings(some, encode, longest)
-            every = ((reader, i) for reader in some for i in range(len(reader)))
-            for reader, i in bar(every, sum(map(len, some))):
-                findings.look(reader, i)
+            findings = Findings(some, encode, longest, listing)
             for reader in some:
+                for i in bar(range(len(reader)), len(reader), reader.path):
+                    findings.look(reader, i)
+                findings.checks.end_of_file()
                 if not len(reader):
                     findings.add_broken(f"{reader.path}: no records")
             findings.report(source.argument)
-            broken += findings.broken
-    return 1 if broken else 0
+            seen[f"{source.argument} {'images' if images else 'texts'}"] = findings
+    for line in compare(seen):
+        show("warning", line)
+    return 1 if any(findings.broken for findings in seen.values()) else 0
 
 
 def every_text(arguments, cache, most=2_000_000):
