@@ -307,12 +307,16 @@ def retrieval(model, tokenizer, rows, languages=None, rerank=16, trained=(), pro
     return result
 
 
-def group_means(scores):
-    """{language: {key: %}} of a demo set -> {"seen" | "text_only" | "never": {key: mean over the
-    group's languages that have it}}; "languages" is their number."""
+def group_means(scores, languages=None):
+    """{language: {key: %}} -> {"seen" | "text_only" | "never": {key: mean over the group's
+    languages that have it}}; "languages" is their number. languages: a checkpoint's, {"seen": [..],
+    "text_only": [..]}; None: the demo's."""
+    languages = languages or {group: emoji.languages(group) for group in ("seen", "text_only")}
+    known = set(itertools.chain(*languages.values()))
+    languages = languages | {"never": [k for k in scores if k not in known]}
     means = {}
     for group in GROUPS:
-        members = [scores[k] for k in emoji.languages(group) if k in scores]
+        members = [scores[k] for k in languages[group] if k in scores]
         for key in dict.fromkeys(key for x in members for key in x):
             values = [x[key] for x in members if key in x]
             means.setdefault(group, {})[key] = fmean(values)
@@ -331,12 +335,12 @@ def demo_report(model, tokenizer, sets=TEST_SETS, rerank=16, progress=False):
     return report | {"groups": {name: group_means(scores) for name, scores in report.items()}}
 
 
-def validation_scores(model, tokenizer, rows):
-    """R@1 by cosine, means over languages -> {group: {"t2i_r1": %, "i2t_r1": %}}. Rows of the demo
-    (they have concept ids) have its groups of languages, others the one group "all"."""
+def validation_scores(model, tokenizer, rows, languages=None):
+    """R@1 by cosine, means over languages -> {group: {"t2i_r1": %, "i2t_r1": %}}. languages: as
+    group_means takes them; None: the one group "all"."""
     scores = retrieval(model, tokenizer, rows, rerank=0)
-    if "ids" in rows[0]:
-        means = group_means(scores)
+    if languages:
+        means = group_means(scores, languages)
     else:
         means = {"all": {k: fmean(x[k] for x in scores.values()) for k in ("t2i_r1", "i2t_r1")}}
     return {group: {k: x[k] for k in ("t2i_r1", "i2t_r1")} for group, x in means.items()}
