@@ -463,30 +463,26 @@ def train_step(run, batch, stats, step):
 # --------------------------------------------------------------------------------------------------
 
 def claim(folder):
-    """Locks the folder of --out; the system takes the lock back when this process ends, however it
-    ends -> the open file. ValueError where another run has it."""
+    """Locks the folder of --out for this process -> the open file. However the process ends, the
+    system takes the lock back. ValueError where another run has it."""
     file = open(pathlib.Path(folder, "lock"), "w")
     try:
-        if fcntl:                               # a lock of this process, not of its workers
+        if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"another run writes into {folder}: choose another --out, or wait until "
-                         f"it has ended") from None
-    except OSError:                             # a file system without locks
+        raise ValueError(f"another run writes into {folder}: choose another --out") from None
+    except OSError:                                             # a file system without locks
         pass
     return file
 
 
 def set_aside(folder):
     """Moves what an earlier run wrote into a folder of its own (policy 1)."""
-    written = [file for file in folder.iterdir()
-               if re.fullmatch(r"ckpt(_\d+)?\.pt|log\.csv|results\.json", file.name)]
-    if written:
-        place = folder / time.strftime("before_%Y-%m-%d_%H.%M.%S")
-        place.mkdir()
-        for file in written:
+    place = folder / time.strftime("before_%Y-%m-%d_%H.%M.%S")
+    for file in list(folder.iterdir()):
+        if re.fullmatch(r"ckpt(_\d+)?\.pt|log\.csv|results\.json", file.name):
+            place.mkdir(exist_ok=True)
             file.rename(place / file.name)
-        say(f"--fresh: the run that was in {folder} is in {place}")
 
 
 def save(run):
@@ -635,22 +631,10 @@ def leave_stdout():
     sys.stdout = sys.stderr
 
 
-def found_lines(args, streams, codes, size):
-    """What the data are, a line per stream: records, image size, languages, epochs of the run."""
-    kinds = (f"images of {size} x {size} pixels", "pairs")
-    lines = []
-    for stream, languages, kind in zip(streams, codes, kinds):
-        if stream:
-            n = len(stream.dataset)
-            lines.append(f"{n:,} {kind} in {' '.join(languages)}: {args.steps} steps of "
-                         f"{stream.batch} are {args.steps * stream.batch / n:.3g} epochs")
-    return "\n".join(textwrap.fill(text, 100, subsequent_indent="  ") for text in lines)
-
-
 def pace(seconds, left):
-    """Seconds a step and steps that are left -> a line about speed and end."""
+    """Seconds a step, and steps that are left -> a line about speed and end."""
     end = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
-    return f"{1 / seconds:.2f} steps a second: step {left} from here on {end:%a %d %b at %H:%M}"
+    return f"{1 / seconds:.2f} steps a second, {left} steps to go: until {end:%a %d %b %H:%M}"
 
 
 def learning_rate(args, new):
@@ -692,11 +676,7 @@ def prepare(args, device):
 
     # 2. Data, and the objective that the loop minimises.
     batches, validation_rows = make_batches(args, model, tokenizer)
-    codes = [stream.dataset.languages() if stream else [] for stream in batches.streams]
-    languages = {"seen": codes[0], "text_only": sorted(set(codes[1]) - set(codes[0]))}
-    if is_demo(args):                       # the same groups with and without parallel text
-        languages = {group: emoji.languages(group) for group in ("seen", "text_only")}
-    say(found_lines(args, batches.streams, codes, model.config.image_size))
+    languages = survey(args, batches.streams, model.config.image_size)
     groups = None if args.held_out else languages
     objective = Pretraining(model, tokenizer, args, validation_rows, groups).to(device)
 
@@ -728,9 +708,8 @@ def prepare(args, device):
     parameters = sum(p.numel() for p in objective.parameters())
     say(f"{parameters:,} parameters, {W} process(es), {device}, "
         f"{torch.get_num_threads()} threads, {dtype} because {reason}")
-    bad_records = BadRecords(rank, args.max_bad)
-    run = Run(args, device, objective, wrapped, optimizer, autocast, batches, bad_records, path,
-              new, languages)
+    run = Run(args, device, objective, wrapped, optimizer, autocast, batches,
+              BadRecords(rank, args.max_bad), path, new, languages)
     if state:
         run.step = run.saved = state["step"]
         run.skipped = state["skipped"]
@@ -748,6 +727,22 @@ def new_parameters(args, state):
     if state is None and args.init:
         state = read_checkpoint(args.init, mmap=True)
     return state["config"].get("new", []) if state else []
+
+
+def survey(args, streams, size):
+    """Says what the data are -> codes of the languages "seen" with images, and of those "text_only"
+    in parallel text."""
+    found = []
+    for stream, kind in zip(streams, (f"images of {size} x {size} pixels", "pairs")):
+        found.append(stream.dataset.languages() if stream else [])
+        if stream:
+            n = len(stream.dataset)
+            text = (f"{n:,} {kind} in {' '.join(found[-1])}: {args.steps} steps of {stream.batch} "
+                    f"are {args.steps * stream.batch / n:.3g} epochs")
+            say(textwrap.fill(text, 100, subsequent_indent="  "))
+    if is_demo(args):                       # the same groups with and without parallel text
+        return {group: emoji.languages(group) for group in ("seen", "text_only")}
+    return {"seen": found[0], "text_only": sorted(set(found[1]) - set(found[0]))}
 
 
 def make_batches(args, model, tokenizer):
@@ -834,9 +829,8 @@ def load(run, last):
             batch = next(batches)
             run.waiting = False
             yield batch
-    except KeyboardInterrupt:
-        if not run.waiting:                                     # a second Ctrl-C
-            raise
+    except KeyboardInterrupt:                                   # of signals_noted
+        return
     finally:
         # Workers ignore the signal by which torch and Python would end them. torch reports the
         # first of these deaths too.
@@ -888,7 +882,7 @@ def train(run, step=train_step):
             clock = time.perf_counter()
             if run.step == started + 2:                         # the first steps are slow
                 begin = clock
-            if run.step == started + 12:
+            if run.step == started + 12 < last:
                 say(pace((clock - begin) / 10, last - run.step))
 
             # A single step that is not finite is bad luck. Ten in a row are a diverged run.
@@ -904,8 +898,8 @@ def train(run, step=train_step):
     if log:
         log.say_best()
     if run.step < args.steps:
-        say(f"{run.signal or '--stop_after'}: saved {run.path} at step {run.step}; the same "
-            f"command continues")
+        done = f"saved {run.path} at step {run.step}" if run.step else "no step is done"
+        say(f"{run.signal or '--stop_after'}: {done}; the same command continues")
 
 
 def first_tokens(run, batch):
@@ -944,17 +938,10 @@ def finish(run):
 TOLD = {
     r"worker \(pid": "a data worker died; often memory or shared memory (/dev/shm) is full: start "
                      "Docker with --ipc=host or --shm-size, or use --workers 0",
-    r"C(\+\+)? compiler": "no C compiler (gcc) is found, but --compile and Triton on a GPU need one",
-    r"closed by peer|reset by peer|broken pipe|timed out|nccl": "another process of this run died",
+    r"C(\+\+)? compiler": "--compile and Triton on a GPU need a C compiler, for example gcc",
+    r"(?i)closed by peer|reset by peer|broken pipe|timed out|nccl": "another process of this run "
+                                                                    "died",
 }
-
-
-def what_happened(error):
-    """An error of torch that has a line in TOLD -> that line and the reason; others are raised."""
-    for pattern, told in TOLD.items():
-        if re.search(pattern, str(error), re.IGNORECASE):
-            return f"{told} ({' '.join(str(error).split())[:160]})"
-    raise error
 
 
 def main(argv=None, step=train_step):
@@ -982,7 +969,11 @@ def main(argv=None, step=train_step):
         leave_stdout()
         status = 0
     except (RuntimeError, ConnectionError) as error:
-        status = data.fail(f"{what_happened(error)}; the same command continues from the last "
+        told = [text for pattern, text in TOLD.items() if re.search(pattern, str(error))]
+        if not told:
+            raise
+        reason = " ".join(str(error).split())[:160]
+        status = data.fail(f"{told[0]} ({reason}); the same command continues from the last "
                            f"checkpoint in {args.out}")
     except (ValueError, OSError) as error:
         status = data.fail(error)

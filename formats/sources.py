@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import re
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -264,7 +265,7 @@ class BadRecords:
             self.last = reason
             stop = stop or sum(self.window) > TOLERATED
             if len(self.named) < 10 and reason not in self.named:
-                tqdm.write(f"process {self.rank}: skipped {reason}")
+                tqdm.write(f"process {self.rank}: skipped {reason}", file=sys.stderr)
                 self.named.add(reason)
         return sum(map(bool, reasons)), stop
 

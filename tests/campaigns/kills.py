@@ -115,7 +115,7 @@ def one_kill(number, folder, whole):
     reached = steps_done(out)
     survivors = processes > 1 or victim == "worker"
     if status != 0 and survivors:                                            # 0: it ended before it was hit
-        assert "error: another process of this run died" in text, text[-2000:]
+        assert f"error: {'a data worker' if victim == 'worker' else 'another process of this run'} died" in text, text[-2000:]
         assert 'train.py", line' not in text, text[-2000:]                   # a traceback is torchrun's own, not ours
     for path in out.glob("*.pt"):
         torch.load(path, weights_only=True)
