@@ -454,12 +454,12 @@ def check_target(file):
         raise ValueError(f"{file} cannot be written")
 
 
-def evaluation_set(name):
-    """'demo:SPLIT', or files that train.py --images can read -> rows of {"image": RGB image,
+def evaluation_set(arguments, languages=None, cache=None, root=None):
+    """['demo:SPLIT'], or files that train.py --images can read -> rows of {"image": RGB image,
     "captions": {language: [text]}}. ValueError that names the first record that is bad."""
-    if name.startswith("demo:"):
-        return emoji.split(name.removeprefix("demo:"))
-    dataset = ImageFiles(parse_all([name]), None)
+    if arguments[0].startswith("demo:"):
+        return emoji.split(arguments[0].removeprefix("demo:"))
+    dataset = ImageFiles(parse_all(arguments), None, languages, cache, root)
     try:
         return [dataset.row(i) for i in range(len(dataset))]
     except BadRecord as error:
@@ -472,7 +472,7 @@ def retrieval_command(args, device):
     model, tokenizer = load(args.ckpt, device)
     demo = args.data.startswith("demo:")
     trained = emoji.languages("seen") + emoji.languages("text_only") if demo else ()
-    scores = retrieval(model, tokenizer, evaluation_set(args.data), args.languages, args.rerank,
+    scores = retrieval(model, tokenizer, evaluation_set([args.data]), args.languages, args.rerank,
                        trained, progress=sys.stderr.isatty())
     # Groups are the demo's: its languages were chosen to be seen, text-only or never seen.
     groups = group_means(scores) if demo else {}

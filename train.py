@@ -73,7 +73,7 @@ import evaluate
 from demo import emoji
 from formats.checkpoints import keep_earlier, read_checkpoint, write_checkpoint
 from formats.images import normalise
-from formats.sources import BadRecords
+from formats.sources import BadRecords, parse_all
 from kernels.packed import offsets
 from losses import MaskedText, Options, all_reduce, cross_view, world
 from model import PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, parameter_groups
@@ -754,6 +754,7 @@ def make_batches(args, model, tokenizer):
         images = data.HeldOut(images, args.held_out)
         validation_rows = images.rows
     if args.val:
+        parse_all(args.val)                 # refuses missing files now, not after hours
         validation_rows = partial(evaluate.evaluation_set, args.val, args.languages, args.cache,
                                   args.image_root)
     if texts is None and not model.config.shared_fusion:

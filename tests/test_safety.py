@@ -17,7 +17,7 @@ import torch
 
 import data
 import train
-from test_resume import here, same, steps_done, whole                        # noqa: F401, a fixture
+from test_resume import TINY, here, same, steps_done, whole                        # noqa: F401, a fixture
 
 SMALL = ("--steps 4 --save_every 1 --log_every 1 --batch 8 --text_batch 8 --width 32 --vision_mlp 64 --text_mlp 64 "
          "--fusion_mlp 64 --vision_layers 1 --no-eval --workers 0").split()
@@ -96,8 +96,7 @@ def test_a_closed_stdout_is_like_a_signal(tmp_path, whole):                  # n
             if args[3] == 4:
                 os.close(read)
             return train.train_step(*args)
-        from test_resume import TINY
-        return train.main(["--out", str(tmp_path), *TINY], step)
+        return train.main(["--out", str(tmp_path), *TINY, "--workers", "0"], step)
 
     pid, told = child(printing)
     text = told.read()
