@@ -315,12 +315,16 @@ def retrieval(model, tokenizer, rows, languages=None, rerank=16, trained=(), pro
     return result
 
 
-def group_means(scores):
-    """{language: {key: %}} of a demo set -> {"seen" | "text_only" | "never": {key: mean over the
-    group's languages that have it}}; "languages" is their number."""
+def group_means(scores, languages=None):
+    """{language: {key: %}} -> {"seen" | "text_only" | "never": {key: mean over the group's
+    languages that have it}}; "languages" is their number. languages: a checkpoint's, {"seen": [..],
+    "text_only": [..]}; None: the demo's."""
+    languages = languages or {group: emoji.languages(group) for group in ("seen", "text_only")}
+    known = set(itertools.chain(*languages.values()))
+    languages = languages | {"never": [k for k in scores if k not in known]}
     means = {}
     for group in GROUPS:
-        members = [scores[k] for k in emoji.languages(group) if k in scores]
+        members = [scores[k] for k in languages[group] if k in scores]
         for key in dict.fromkeys(key for x in members for key in x):
             values = [x[key] for x in members if key in x]
             means.setdefault(group, {})[key] = fmean(values)
@@ -339,12 +343,12 @@ def demo_report(model, tokenizer, sets=TEST_SETS, rerank=16, progress=False):
     return report | {"groups": {name: group_means(scores) for name, scores in report.items()}}
 
 
-def validation_scores(model, tokenizer, rows):
-    """R@1 by cosine, means over languages -> {group: {"t2i_r1": %, "i2t_r1": %}}. Rows of the demo
-    (they have concept ids) have its groups of languages, others the one group "all"."""
+def validation_scores(model, tokenizer, rows, languages=None):
+    """R@1 by cosine, means over languages -> {group: {"t2i_r1": %, "i2t_r1": %}}. languages: as
+    group_means takes them; None: the one group "all"."""
     scores = retrieval(model, tokenizer, rows, rerank=0)
-    if "ids" in rows[0]:
-        means = group_means(scores)
+    if languages:
+        means = group_means(scores, languages)
     else:
         means = {"all": {k: fmean(x[k] for x in scores.values()) for k in ("t2i_r1", "i2t_r1")}}
     return {group: {k: x[k] for k in ("t2i_r1", "i2t_r1")} for group, x in means.items()}
@@ -516,12 +520,12 @@ def pairs_command(args, device):
 # Commands
 # --------------------------------------------------------------------------------------------------
 
-def evaluation_set(name):
-    """'demo:SPLIT', or files that train.py --images can read -> rows of {"image": RGB image,
+def evaluation_set(arguments, languages=None, cache=None, root=None):
+    """['demo:SPLIT'], or files that train.py --images can read -> rows of {"image": RGB image,
     "captions": {language: [text]}}. ValueError that names the first record that is bad."""
-    if name.startswith("demo:"):
-        return emoji.split(name.removeprefix("demo:"))
-    dataset = ImageFiles(parse_all([name]), None)
+    if arguments[0].startswith("demo:"):
+        return emoji.split(arguments[0].removeprefix("demo:"))
+    dataset = ImageFiles(parse_all(arguments), None, languages, cache, root)
     try:
         rows = [dataset.row(i) for i in range(len(dataset))]
         return [row | {"image": row["image"]()} for row in rows]
@@ -535,7 +539,7 @@ def retrieval_command(args, device):
     model, tokenizer = load(args.ckpt, device)
     demo = args.data.startswith("demo:")
     trained = emoji.languages("seen") + emoji.languages("text_only") if demo else ()
-    scores = retrieval(model, tokenizer, evaluation_set(args.data), args.languages, args.rerank,
+    scores = retrieval(model, tokenizer, evaluation_set([args.data]), args.languages, args.rerank,
                        trained, progress=sys.stderr.isatty())
     # Groups are the demo's: its languages were chosen to be seen, text-only or never seen.
     groups = group_means(scores) if demo else {}

@@ -14,17 +14,21 @@ results.json.
 
 Resume, the policy:
   1. If OUT/ckpt.pt exists, the same command continues from it; a finished run only evaluates.
-     --fresh starts over.
+     --fresh starts over: what the earlier run wrote is moved to OUT/before_DATE.
   2. Settings that change the result must be those of the checkpoint, else exit status 2, naming the
-     first that differs.
-  3. log.csv is cut back to the checkpoint's step, so that no step stands there twice.
+     first that differs. Files may move: of a path only its last name counts, and --image_root not
+     at all. Another number of records is told, and the order is a new one from there on.
+  3. log.csv is cut back to the checkpoint's step, so that no step stands there twice. Rows that are
+     not whole, as a power cut leaves them, are dropped.
   4. Promised: bitwise the same weights, optimizer and log (but for timing and memory) as the
      uninterrupted run, on the same machine, number of processes and of threads. Not promised:
      bitwise equality on another number of either.
   5. A checkpoint is written beside its place and renamed: a kill at any moment leaves the old or
-     the new one, never half of one.
+     the new one, never half of one. --keep counts and deletes only what this run wrote.
   6. No generator has a state to save: every random number is drawn from (seed, step, process) or
      (seed, epoch, index).
+  7. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and a closed stdout (| head) save at the step at hand and end
+     the run. A second Ctrl-C ends it at once. Two runs never write into one OUT.
 
 The file in its order: flags and recipe; the objective (what a step minimises and what a run is
 judged by); one step; checkpoint and log; the run from start to finish. To read the training alone:
@@ -38,19 +42,26 @@ import csv
 import datetime
 import json
 import math
+import multiprocessing.queues
 import os
 import pathlib
 import platform
 import re
-import resource
 import signal
 import sys
 import textwrap
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
+from statistics import fmean
 from typing import NamedTuple
+
+try:
+    import fcntl
+    import resource
+except ImportError:                                             # Windows
+    fcntl = resource = None
 
 import torch
 import torch.distributed as dist
@@ -60,9 +71,9 @@ from tqdm import tqdm
 import data
 import evaluate
 from demo import emoji
-from formats.checkpoints import read_checkpoint, write_checkpoint
+from formats.checkpoints import keep_earlier, read_checkpoint, write_checkpoint
 from formats.images import normalise
-from formats.sources import BadRecords
+from formats.sources import BadRecords, parse_all
 from kernels.packed import offsets
 from losses import MaskedText, Options, all_reduce, cross_view, world
 from model import PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, parameter_groups
@@ -75,7 +86,9 @@ from weights import starting_point
 # These may differ when a run is resumed: they do not change its result (the last three: only by
 # rounding, so that a run that is out of memory can go on with --checkpointing).
 FREE = {"out", "stop_after", "save_every", "validate_every", "log_every", "keep", "fresh", "eval",
-        "explain", "workers", "cache", "compile", "checkpointing", "chunk"}
+        "explain", "workers", "cache", "image_root", "val", "max_bad", "compile", "checkpointing",
+        "chunk"}
+PATHS = {"images", "texts", "tokenizer", "init"}                # of these the last names must agree
 LOSSES = ("contrast", "match", "mask")
 RECALLS = ("t2i_r1", "i2t_r1")                                  # of a validation
 ON_OFF = argparse.BooleanOptionalAction
@@ -127,6 +140,8 @@ def add_data_flags(flag):
     flag("--image_root", metavar="DIR", help="folder of images that JSON lines name")
     flag("--cache", metavar="DIR", help="folder for indices of the files; None: beside the files")
     flag("--held_out", type=int, default=0, metavar="N", help="own images for validation, about N")
+    flag("--val", nargs="+", metavar="FILES", help="validate on these own images; not trained on")
+    flag("--max_bad", type=float, default=0.01, help="share of bad records that stops no run")
     flag("--scenes", type=float, default=0.25, help="demo: scenes per single emoji")
     flag("--text_scenes", type=float, default=0.2, help="demo: the same in the parallel text")
     flag("--keywords", type=float, default=0.1, help="demo: share of captions that are keywords")
@@ -153,7 +168,7 @@ def add_model_flags(flag):
 
 
 # Smallest and largest value of a flag; all other numbers must be at least 0.
-LIMITS = {"seed": (0, 2 ** 40), "mask_probability": (0, 1), "keywords": (0, 1),
+LIMITS = {"seed": (0, 2 ** 40), "mask_probability": (0, 1), "keywords": (0, 1), "max_bad": (0, 1),
           "dropout": (0, 0.999), "lr": (1e-12, 1e6), "clip": (1e-12, 1e12),
           "caption_tokens": (3, math.inf), "sentence_tokens": (3, math.inf), "workers": (-1, 64)}
 for name in ("steps", "batch", "text_batch", "log_every", "save_every", "chunk", "stop_after"):
@@ -175,6 +190,8 @@ def check(args):
             raise ValueError(f"--{name} {value} is not a multiple of {W} processes")
     if args.texts and not args.images:
         raise ValueError("--texts needs --images too: FILES, or demo for the built-in ones")
+    if args.held_out and args.val:
+        raise ValueError("--held_out and --val are two ways to validate: choose one")
     if args.held_out and is_demo(args):
         raise ValueError("--held_out is for your own --images; the demo has a val split")
 
@@ -254,8 +271,9 @@ class Pretraining(nn.Module):
         report()                    -> results.json of a finished run
     """
 
-    def __init__(self, model, tokenizer, args, validation_rows=None):
-        """validation_rows: a function that makes the rows to validate on, or None."""
+    def __init__(self, model, tokenizer, args, validation_rows=None, languages=None):
+        """validation_rows: a function that makes the rows to validate on, or None. languages: those
+        "seen" with images and "text_only", for a score of each group; None: one score of all."""
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -273,7 +291,8 @@ class Pretraining(nn.Module):
         self.validation = []
         if validation_rows:
             self.validation_rows = cache(validation_rows)       # made when they are first needed
-            groups = ("seen", "text_only", "never") if is_demo(args) else ("all",)
+            self.languages = languages
+            groups = evaluate.GROUPS if languages else ("all",)
             self.validation = [f"val_{group}_{key}" for group in groups for key in RECALLS]
 
     def forward(self, image, text, seed):
@@ -320,15 +339,13 @@ class Pretraining(nn.Module):
         """Recall of the cosine, means by group of languages -> {"val_seen_t2i_r1": %, ...}."""
         rows = self.validation_rows()
         if not rows:
-            raise ValueError("no record that --held_out keeps can be read: python data.py FILES")
-        scores = evaluate.validation_scores(self.model, self.tokenizer, rows)
+            raise ValueError("no record to validate on can be read: python data.py FILES")
+        scores = evaluate.validation_scores(self.model, self.tokenizer, rows, self.languages)
         return {f"val_{group}_{key}": scores[group][key] for group in scores for key in RECALLS}
 
     def report(self):
-        """Recall on the demo's test sets, printed as a table -> results.json."""
-        report = evaluate.demo_report(self.model, self.tokenizer, progress=sys.stderr.isatty())
-        evaluate.print_table(report)
-        return report
+        """Recall on the demo's test sets -> results.json."""
+        return evaluate.demo_report(self.model, self.tokenizer, progress=sys.stderr.isatty())
 
 
 def masked_sentences(batch):
@@ -358,9 +375,13 @@ class Run:
     bad_records: BadRecords
     path: pathlib.Path                  # of ckpt.pt
     new: list                           # parameters that the files behind --init did not hold
+    languages: dict                     # codes "seen" with images and in parallel "text_only"
     step: int = 0                       # steps done
+    saved: int = 0                      # of these, steps in ckpt.pt
     skipped: int = 0                    # of these, steps without an update
+    kept: list = field(default_factory=list)    # steps of this run's files ckpt_STEP.pt
     signal: str = ""                    # the name of a signal that asks this process to stop
+    waiting: bool = False               # may a signal end the wait for data?
 
 
 class Verdict(NamedTuple):
@@ -441,25 +462,76 @@ def train_step(run, batch, stats, step):
 # Checkpoint and log
 # --------------------------------------------------------------------------------------------------
 
+def claim(folder):
+    """Locks the folder of --out for this process -> the open file. However the process ends, the
+    system takes the lock back. ValueError where another run has it."""
+    file = open(pathlib.Path(folder, "lock"), "w")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another run writes into {folder}: choose another --out") from None
+    except OSError:                                             # a file system without locks
+        pass
+    return file
+
+
+def set_aside(folder):
+    """Moves what an earlier run wrote into a folder of its own (policy 1)."""
+    place = folder / time.strftime("before_%Y-%m-%d_%H.%M.%S")
+    for file in list(folder.iterdir()):
+        if re.fullmatch(r"ckpt(_\d+)?\.pt|log\.csv|results\.json", file.name):
+            place.mkdir(exist_ok=True)
+            file.rename(place / file.name)
+
+
 def save(run):
     """Writes the checkpoint (formats/checkpoints.py). All processes call it, the first writes."""
-    if world()[0] > 0:
+    if world()[0] > 0 or run.step == run.saved:
         return
+    keep = run.args.keep
+    stale = []
+    if keep and run.saved:
+        # Policy 5: the checkpoint before this one gets a second name. Where that fails the run goes
+        # on, and the new checkpoint is written all the same.
+        try:
+            keep_earlier(run.path, kept_path(run, run.saved))
+            run.kept.append(run.saved)
+        except OSError as error:
+            say(f"the checkpoint of step {run.saved} is not kept: {error}")
+        stale = run.kept[:-keep]
+        run.kept = run.kept[-keep:]
     model = run.objective.model
     config = {"model": asdict(model.config), "train": vars(run.args), "new": run.new,
-              "records": run.batches.records()}
+              "records": run.batches.records(), "languages": run.languages}
     state = {"model": model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
-             "skipped": run.skipped, "config": config, "tokenizer": run.objective.tokenizer.model}
-    write_checkpoint(run.path, state, run.args.keep)
+             "skipped": run.skipped, "kept": run.kept, "config": config,
+             "tokenizer": run.objective.tokenizer.model}
+    write_checkpoint(run.path, state)
+    run.saved = run.step
+    for step in stale:
+        kept_path(run, step).unlink(missing_ok=True)
+
+
+def kept_path(run, step):
+    return run.path.with_name(f"ckpt_{step}.pt")
 
 
 def compare(args, saved, path):
     """Policy 2: ValueError that names the first setting that differs from the checkpoint's. (A
     recipe that changed in the code is such a setting: an old run goes on only as it began.)"""
     for name, value in vars(args).items():
-        if name not in FREE and saved.get(name) != value:
-            raise ValueError(f"{path} was trained with --{name} {saved.get(name)}, not {value}: "
+        before = saved.get(name)
+        same = last_names(before) == last_names(value) if name in PATHS else before == value
+        if name not in FREE and not same:
+            raise ValueError(f"{path} was trained with --{name} {before}, not {value}: "
                              f"repeat that setting, choose another --out, or use --fresh")
+
+
+def last_names(paths):
+    """None, a path or several -> their last names, for example ["*.tar@en"]."""
+    paths = [paths] if isinstance(paths, str) else paths or []
+    return [pathlib.PurePath(path).name for path in paths]
 
 
 class Log:
@@ -475,22 +547,38 @@ class Log:
         columns += ["skipped", "bad_records", "cut"]
         columns += objective.validation
         columns += ["seconds", "images_per_s", "sentences_per_s", "memory_mb"]      # not bitwise
-        # A run that was killed logged steps that it did not save: they are done, and logged, again.
-        rows = []
-        if path.exists():
-            with open(path, newline="") as file:
-                old = csv.DictReader(file)
-                rows = [row for row in old if None not in row.values()]      # a half row is none
-                rows = [row for row in rows if int(row["step"]) <= step]
+        self.validation = objective.validation
+        self.best = (0.0, 0)                    # mean of a validation's recalls, its step
+        rows = whole_rows(path, step) if path.exists() else []
         self.file = open(path, "w", newline="")
         self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
         self.writer.writeheader()
-        self.writer.writerows(rows)
-        self.file.flush()
+        for row in rows:
+            self.write(row)
+        self.say_best()
 
     def write(self, row):
         self.writer.writerow(row)
         self.file.flush()
+        recalls = [float(row[name]) for name in self.validation if row.get(name, "") != ""]
+        if recalls:
+            self.best = max(self.best, (fmean(recalls), int(row["step"])))
+
+    def say_best(self):
+        if self.best[1]:
+            say("best validation so far: mean recall {:.1f} at step {}".format(*self.best))
+
+
+def whole_rows(path, step):
+    """The rows of a log.csv up to a step. A run that was killed logged steps that it did not save:
+    they are done, and logged, again."""
+    text = path.read_bytes().decode("utf-8-sig", "replace")     # Excel writes a byte order mark
+    rows = []
+    for row in csv.DictReader(text.replace("\0", "").splitlines()):
+        whole = None not in row.values() and row.get("step", "").isdigit()
+        if whole and int(row["step"]) <= step:
+            rows.append(row)
+    return rows
 
 
 def speed(batch, seconds):
@@ -499,9 +587,11 @@ def speed(batch, seconds):
     images, sentences = (W * len(stream["ids"]) if stream else 0 for stream in batch)
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated() / 2 ** 20
-    else:
+    elif resource:
         unit = 2 ** 20 if platform.system() == "Darwin" else 2 ** 10          # macOS counts bytes
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    else:
+        memory = 0                                                            # Windows: not known
     return {"seconds": f"{seconds:.4f}", "images_per_s": f"{images / seconds:.1f}",
             "sentences_per_s": f"{sentences / seconds:.1f}", "memory_mb": f"{memory:.0f}"}
 
@@ -526,9 +616,25 @@ def line(row, run):
 
 def say(text):
     """Prints on rank 0, above the progress bar."""
-    if world()[0] == 0:
+    if world()[0] > 0:
+        return
+    try:
         tqdm.write(text)
         sys.stdout.flush()
+    except BrokenPipeError:                     # its SIGPIPE stops the loop: see signals_noted
+        leave_stdout()
+
+
+def leave_stdout():
+    """Once the reader of stdout has gone (| head): its buffer goes nowhere, stderr takes over."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = sys.stderr
+
+
+def pace(seconds, left):
+    """Seconds a step, and steps that are left -> a line about speed and end."""
+    end = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
+    return f"{1 / seconds:.2f} steps a second, {left} steps to go: until {end:%a %d %b %H:%M}"
 
 
 def learning_rate(args, new):
@@ -570,7 +676,9 @@ def prepare(args, device):
 
     # 2. Data, and the objective that the loop minimises.
     batches, validation_rows = make_batches(args, model, tokenizer)
-    objective = Pretraining(model, tokenizer, args, validation_rows).to(device)
+    languages = survey(args, batches.streams, model.config.image_size)
+    groups = None if args.held_out else languages
+    objective = Pretraining(model, tokenizer, args, validation_rows, groups).to(device)
 
     # 3. Optimizer.
     new = new_parameters(args, state)
@@ -600,11 +708,12 @@ def prepare(args, device):
     parameters = sum(p.numel() for p in objective.parameters())
     say(f"{parameters:,} parameters, {W} process(es), {device}, "
         f"{torch.get_num_threads()} threads, {dtype} because {reason}")
-    run = Run(args, device, objective, wrapped, optimizer, autocast, batches, BadRecords(rank),
-              path, new)
+    run = Run(args, device, objective, wrapped, optimizer, autocast, batches,
+              BadRecords(rank, args.max_bad), path, new, languages)
     if state:
-        run.step = state["step"]
+        run.step = run.saved = state["step"]
         run.skipped = state["skipped"]
+        run.kept = state.get("kept", [])
         before = state["config"]["records"]
         if before != batches.records():
             say(f"the data changed: {before} records then, {batches.records()} now, from here on "
@@ -620,14 +729,34 @@ def new_parameters(args, state):
     return state["config"].get("new", []) if state else []
 
 
+def survey(args, streams, size):
+    """Says what the data are -> codes of the languages "seen" with images, and of those "text_only"
+    in parallel text."""
+    found = []
+    for stream, kind in zip(streams, (f"images of {size} x {size} pixels", "pairs")):
+        found.append(stream.dataset.languages() if stream else [])
+        if stream:
+            n = len(stream.dataset)
+            text = (f"{n:,} {kind} in {' '.join(found[-1])}: {args.steps} steps of {stream.batch} "
+                    f"are {args.steps * stream.batch / n:.3g} epochs")
+            say(textwrap.fill(text, 100, subsequent_indent="  "))
+    if is_demo(args):                       # the same groups with and without parallel text
+        return {group: emoji.languages(group) for group in ("seen", "text_only")}
+    return {"seen": found[0], "text_only": sorted(set(found[1]) - set(found[0]))}
+
+
 def make_batches(args, model, tokenizer):
     """The two streams as the recipe wants them -> data.Batches, and what makes the rows to
-    validate on: the demo's val split, records held out of own files, or None."""
+    validate on: own files, the demo's val split, records held out of own files, or None."""
     images, texts = data.streams(args, model.config.image_size)
     validation_rows = partial(emoji.split, "val") if is_demo(args) else None
     if args.held_out:
         images = data.HeldOut(images, args.held_out)
         validation_rows = images.rows
+    if args.val:
+        parse_all(args.val)                 # refuses missing files now, not after hours
+        validation_rows = partial(evaluate.evaluation_set, args.val, args.languages, args.cache,
+                                  args.image_root)
     if texts is None and not model.config.shared_fusion:
         raise ValueError("--no-shared_fusion needs parallel text: nothing else reads by it")
     longest = model.text.longest            # no sentence is longer than the table of positions
@@ -635,14 +764,16 @@ def make_batches(args, model, tokenizer):
         raise ValueError(f"the position table has room for {max(longest, 0)} tokens, a sentence "
                          f"has at least 3: choose a larger --positions")
     image_stream = data.Stream(images, args.batch, min(args.caption_tokens, longest),
-                               args.mask_probability, args.caption_masked)
+                               args.mask_probability, args.caption_masked, args.max_bad)
     text_stream = texts and data.Stream(texts, args.text_batch, min(args.sentence_tokens, longest),
-                                        args.mask_probability, args.sentence_masked)
+                                        args.mask_probability, args.sentence_masked,
+                                        args.max_bad)
     batches = data.Batches(tokenizer, image_stream, text_stream, args.seed, *world())
     return batches, validation_rows
 
 
-STOP = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")      # SLURM sends the last one before the first
+# SLURM sends the fourth before the first. The kernel sends the last when stdout is closed (| head).
+STOP = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGPIPE")
 STOP_SIGNALS = [getattr(signal, name) for name in STOP if hasattr(signal, name)]
 
 
@@ -651,14 +782,18 @@ def signals_noted(run):
     """A signal asks the run to save and stop after the step at hand. A second Ctrl-C ends it at
     once; but not under torchrun, which hands on what the terminal sent to all already."""
     # Only a name is noted here. The step at hand ends first: half a step cannot be resumed, and
-    # all processes must save the same one (train_step tells them of each other's signals).
+    # all processes must save the same one (train_step tells them of each other's signals). A single
+    # process that waits for data has no step at hand.
     def note(number, frame):
         run.signal = signal.Signals(number).name
         if number == signal.SIGINT and not dist.is_initialized():
             signal.signal(number, signal.default_int_handler)
+        if run.waiting:
+            raise KeyboardInterrupt
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
-        signal.signal(number, note)
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN or number != signal.SIGHUP:            # nohup stays nohup
+            signal.signal(number, note)
     try:
         yield
     finally:
@@ -666,14 +801,18 @@ def signals_noted(run):
             signal.signal(number, handler)
 
 
-def ignore_signals(worker):
-    """A signal to the whole process group is for the loop: workers stay until it has saved."""
+def start_worker(worker):
+    """What a process that prepares batches does first."""
+    # A signal to the whole process group is for the loop: workers stay until it has saved.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # Python drops a batch that cannot be sent, for example because shared memory is full, and the
+    # loop would wait for it for ever. The death of a worker is noticed.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
 def load(run, last):
-    """Batches of the steps run.step .. last - 1, prepared by workers."""
+    """Batches of the steps run.step .. last - 1, prepared by workers; fewer after a signal."""
     workers = worker_count(run.args)
     # A batch is an item of the dataset (batch_size=None), the number of the step its index: so
     # there is no state of an iterator to save. The generator is one of its own, as the loader
@@ -681,39 +820,53 @@ def load(run, last):
     loader = torch.utils.data.DataLoader(
         run.batches, batch_size=None, sampler=range(run.step, last), num_workers=workers,
         prefetch_factor=4 if workers else None, pin_memory=run.device.type == "cuda",
-        generator=torch.Generator(), worker_init_fn=ignore_signals)
+        generator=torch.Generator(), worker_init_fn=start_worker)
     batches = iter(loader)
     try:
-        yield from batches
+        for _ in range(run.step, last):
+            run.waiting = world()[1] == 1
+            if run.waiting and run.signal:
+                return
+            batch = next(batches)
+            run.waiting = False
+            yield batch
+    except KeyboardInterrupt:                                   # of signals_noted
+        return
     finally:
-        # Workers ignore the signals that Python sends them at its end, so after an error it would
-        # wait for ever. Torch has no public way to end them before their iterator is collected.
-        if workers:
-            batches._shutdown_workers()
+        # Workers ignore the signal by which torch and Python would end them. torch reports the
+        # first of these deaths too.
+        run.waiting = False
+        for worker in multiprocessing.active_children():
+            with contextlib.suppress(RuntimeError):
+                worker.kill()
+                worker.join()
 
 
-def train(run):
-    """The loop, from run.step to the end, or to --stop_after, or to a signal."""
+def train(run, step=train_step):
+    """The loop, from run.step to the end, or to --stop_after, or to a signal. step: does one."""
     args = run.args
     last = min(args.steps, args.stop_after or args.steps)
     if run.step >= last:
         return
     first = world()[0] == 0                                     # all compute, this one writes
-    log = Log(pathlib.Path(args.out) / "log.csv", run.step, run.objective) if first else None
+    if first and args.fresh:
+        set_aside(run.path.parent)
+    log = Log(run.path.with_name("log.csv"), run.step, run.objective) if first else None
     bar = tqdm(total=args.steps, initial=run.step, disable=not first or not sys.stderr.isatty())
     skipped_in_a_row = 0
     clock = time.perf_counter()
+    started = run.step
     run.objective.train()
     with signals_noted(run), bar:
         for *batch, stats in load(run, last):
             batch = [to_device(stream, run.device) for stream in batch]
-            row, verdict = train_step(run, batch, stats, run.step)
+            row, verdict = step(run, batch, stats, run.step)
 
             # Every process holds the same verdict, so all of them leave the loop at the same step.
             if verdict.too_many_bad:
                 save(run)                                       # as it was before this step
                 raise ValueError(f"{run.bad_records.message()}; "
-                                 f"saved {run.path} at step {run.step}")
+                                 f"the run stands at step {run.step}")
             run.step += 1
             skipped_in_a_row = 0 if verdict.finite else skipped_in_a_row + 1
             run.skipped += not verdict.finite
@@ -728,17 +881,26 @@ def train(run):
                 say(line(row, run))
             bar.update()
             clock = time.perf_counter()
+            if run.step == started + 2:                         # the first steps are slow
+                begin = clock
+            if run.step == started + 12 < last:
+                say(pace((clock - begin) / 10, last - run.step))
 
             # A single step that is not finite is bad luck. Ten in a row are a diverged run.
             if skipped_in_a_row == 10:
                 raise ValueError(f"loss or gradient was not finite in steps {run.step - 9} to "
                                  f"{run.step}: lower --lr; {first_tokens(run, batch)}")
-            if run.step % args.save_every == 0 or run.step == last or verdict.stop:
+            if run.step % args.save_every == 0:
                 save(run)
-            if verdict.stop or run.step == last < args.steps:
-                why = (run.signal or "a signal") if verdict.stop else "--stop_after"
-                say(f"{why}: saved {run.path} at step {run.step}; the same command continues")
-                return
+            if verdict.stop:
+                run.signal = run.signal or "a signal"           # to another process
+                break
+        save(run)
+    if log:
+        log.say_best()
+    if run.step < args.steps:
+        done = f"saved {run.path} at step {run.step}" if run.step else "no step is done"
+        say(f"{run.signal or '--stop_after'}: {done}; the same command continues")
 
 
 def first_tokens(run, batch):
@@ -765,17 +927,25 @@ def finish(run):
         return
     # Test sets are read here, at the very end, and nowhere else in training.
     say("evaluating on the test sets ...")
-    report = json.dumps(run.objective.report(), indent=1)
-    pathlib.Path(args.out, "results.json").write_text(report, encoding="utf-8")
+    report = run.objective.report()
+    results = pathlib.Path(args.out, "results.json")
+    results.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    evaluate.print_table(report)
     say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: "
         f'python search.py --ckpt {args.out}/ckpt.pt --images DIR "a dog"')
 
 
-# What torch says when another process or a worker has died: it has no exception for that.
-DIED = re.compile(r"(?i)worker \(pid|closed by peer|reset by peer|broken pipe|timed out|nccl")
+# Errors for which torch has no exception of its own: what it says -> what that means.
+TOLD = {
+    r"worker \(pid": "a data worker died; often memory or shared memory (/dev/shm) is full: start "
+                     "Docker with --ipc=host or --shm-size, or use --workers 0",
+    r"C(\+\+)? compiler": "--compile and Triton on a GPU need a C compiler, for example gcc",
+    r"(?i)closed by peer|reset by peer|broken pipe|timed out|nccl": "another process of this run "
+                                                                    "died",
+}
 
 
-def main(argv=None):
+def main(argv=None, step=train_step):
     """-> exit status: 0, or 2 after one line about what was wrong with the input. An error of the
     program itself is not caught: it keeps its traceback."""
     args = settings(argv)
@@ -784,28 +954,34 @@ def main(argv=None):
         check(args)
         if not args.explain:
             pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+            lock = claim(args.out) if world()[0] == 0 else None             # noqa: F841, held
         run = prepare(args, device)
         if args.explain:
             # Reads a checkpoint if there is one, trains nothing and writes nothing.
             image = to_device(run.batches[0][0], device)
             evaluate.explain(run.objective.model.eval(), run.objective.tokenizer, image)
         else:
-            train(run)
+            train(run, step)
             finish(run)
+        if dist.is_initialized():
+            dist.barrier()
+        status = 0
+    except BrokenPipeError:                                     # stdout: | head has read enough
+        leave_stdout()
         status = 0
     except (RuntimeError, ConnectionError) as error:
-        if not DIED.search(str(error)):
+        told = [text for pattern, text in TOLD.items() if re.search(pattern, str(error))]
+        if not told:
             raise
         reason = " ".join(str(error).split())[:160]
-        status = data.fail(f"another process of this run died ({reason}); the same command "
-                           f"continues from {args.out}/ckpt.pt")
+        status = data.fail(f"{told[0]} ({reason}); the same command continues from the last "
+                           f"checkpoint in {args.out}")
     except (ValueError, OSError) as error:
         status = data.fail(error)
     except KeyboardInterrupt:
-        status = data.fail("interrupted outside a step; the last checkpoint is as it was")
+        status = data.fail("interrupted; the last checkpoint is as it was")
     if dist.is_initialized():
         if not status:
-            dist.barrier()
             dist.destroy_process_group()
         # Not by Python's own end: there gloo's threads, which outlive their group under DDP, can
         # abort the process.

@@ -4,8 +4,10 @@ A checkpoint is one dict of plain data, written by torch.save:
 
     {"model": state dict, "optimizer": ..., "step": int, "skipped": steps without an update,
      "tokenizer": the bytes of a sentencepiece model, or None,
+     "kept": steps of the earlier checkpoints beside it, which --keep left as ckpt_STEP.pt,
      "config": {"model": the fields of model.Config, "train": the settings of train.py,
-                "new": what an import had to initialise, "records": of each stream}}
+                "new": what an import had to initialise, "records": of each stream,
+                "languages": {"seen": with images, "text_only": only in parallel text}}}
 
     python -m formats.checkpoints FILE ...        names and shapes of the tensors in a file
 """
@@ -26,9 +28,8 @@ import torch
 # Checkpoints and other pickles
 # --------------------------------------------------------------------------------------------------
 
-def write_checkpoint(path, state, keep=0):
-    """Writes a checkpoint. A kill at any moment or a full disk leaves the old file or the new one.
-    keep: how many earlier checkpoints stay beside it as ckpt_STEP.pt."""
+def write_checkpoint(path, state):
+    """Writes a checkpoint. A kill at any moment or a full disk leaves the old file or the new one."""
     # Written under another name and flushed to disk. Renaming then cannot fail halfway.
     tmp_path = path.with_name(path.name + ".tmp")
     try:
@@ -36,8 +37,6 @@ def write_checkpoint(path, state, keep=0):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if keep and path.exists():
-            keep_earlier(path, keep)
         os.replace(tmp_path, path)
     except (OSError, RuntimeError) as error:
         # A full disk is a RuntimeError of torch that says "enforce fail". Other RuntimeErrors are
@@ -51,15 +50,22 @@ def write_checkpoint(path, state, keep=0):
         tmp_path.unlink(missing_ok=True)                        # exists only if something failed
 
 
-def keep_earlier(path, keep):
-    """Gives the checkpoint at path the name ckpt_STEP.pt too; deletes all but the last `keep`."""
-    step = torch.load(path, weights_only=True, mmap=True)["step"]
-    earlier = path.with_name(f"ckpt_{step}.pt")
-    earlier.unlink(missing_ok=True)
-    os.link(path, earlier)                                      # so ckpt.pt is never absent
-    found = sorted(path.parent.glob("ckpt_*.pt"), key=lambda file: int(file.stem[5:]))
-    for stale in found[:-keep]:
-        stale.unlink()
+def keep_earlier(path, earlier):
+    """Gives the checkpoint at path a second name, so that it outlives the next one; path is never
+    absent. OSError where that fails or the name is taken: nothing is overwritten."""
+    if earlier.exists():
+        if earlier.samefile(path):                              # a run was killed after this
+            return
+        raise FileExistsError(f"{earlier} exists and is not of this run")
+    try:
+        os.link(path, earlier)
+    except OSError:                                             # a file system without hard links
+        tmp_path = path.with_name(earlier.name + ".tmp")
+        try:
+            shutil.copyfile(path, tmp_path)
+            os.replace(tmp_path, earlier)
+        finally:
+            tmp_path.unlink(missing_ok=True)
 
 
 class Ignored:

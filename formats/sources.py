@@ -363,7 +363,7 @@ class BadRecords:
             self.last = reason
             stop = stop or sum(self.window) > self.tolerated
             if len(self.named) < 10 and reason not in self.named:
-                tqdm.write(f"process {self.rank}: skipped {reason}")
+                tqdm.write(f"process {self.rank}: skipped {reason}", file=sys.stderr)
                 self.named.add(reason)
         return sum(map(bool, reasons)), stop
 

@@ -64,13 +64,11 @@ def forked(folder, out, rank, port, die_at=None):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
-    plain = train.train_step
 
     def step(*args):
-        return os.kill(os.getpid(), signal.SIGKILL) if args[3] == die_at else plain(*args)
+        return os.kill(os.getpid(), signal.SIGKILL) if args[3] == die_at else train.train_step(*args)
 
-    train.train_step = step
-    status = train.main(settings(folder, out))
+    status = train.main(settings(folder, out), step)
     os._exit(status)
 
 
@@ -93,20 +91,15 @@ def test_one_of_two_killed_processes_is_told_in_one_line_and_the_run_resumes_bit
     kills.same(tmp_path / "killed", tmp_path / "whole", 12)
 
 
-def test_a_killed_worker_is_told_in_one_line_and_another_number_of_workers_resumes_bitwise(tmp_path, whole, capfd,
-                                                                                           monkeypatch):
-    plain = train.train_step
-
+def test_a_killed_worker_is_told_in_one_line_and_another_number_of_workers_resumes_bitwise(tmp_path, whole, capfd):
     def step(*args):
         if args[3] == 7:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             time.sleep(0.5)
-        return plain(*args)
+        return train.train_step(*args)
 
-    monkeypatch.setattr(train, "train_step", step)
-    assert train.main(settings(whole, tmp_path / "out", "--workers", "2")) == 2
-    assert capfd.readouterr().err.strip().splitlines()[-1].startswith("error: another process of this run died")
-    monkeypatch.undo()
+    assert train.main(settings(whole, tmp_path / "out", "--workers", "2"), step) == 2
+    assert capfd.readouterr().err.strip().splitlines()[-1].startswith("error: a data worker died")
     assert train.main(settings(whole, tmp_path / "out", "--workers", "3")) == 0
     kills.same(tmp_path / "out", whole / "whole", 12)
 
@@ -142,24 +135,23 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on_when_there_is_room(
     assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 12
 
 
-def test_a_shard_that_is_deleted_during_training_ends_the_run_and_can_be_put_back(tmp_path, capsys, monkeypatch):
+def test_a_shard_that_is_deleted_during_training_ends_the_run_and_can_be_put_back(tmp_path, capsys):
     """One of two shards is gone after step 3."""
     folder = kills.prepare(tmp_path)
     samples.write_tar(folder / "b.tar", 30, first=100)
     given = ["--images", str(folder / "*.tar")]
-    after = train.train_step
 
     def step(*args):
         if args[3] == 3:
             (folder / "b.tar").rename(folder / "moved")
-        return after(*args)
+        return train.train_step(*args)
 
-    monkeypatch.setattr(train, "train_step", step)
-    status = train.main(settings(folder, tmp_path / "out", *given))
-    last_line(capsys, status, "more than 10", "b.tar", "No such file", "saved")
+    status = train.main(settings(folder, tmp_path / "out", *given), step)
+    told = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and [line[:7] for line in told[:-1]] == ["process"] * (len(told) - 1), told   # each is named, then
+    assert all(word in told[-1] for word in ("more than 10", "b.tar", "No such file", "at step")), told
     saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"]
     assert 3 <= saved < 12
-    monkeypatch.undo()
     (folder / "moved").rename(folder / "b.tar")
     assert train.main(settings(folder, tmp_path / "out", *given)) == 0
 

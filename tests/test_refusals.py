@@ -208,7 +208,7 @@ CASES = [
     ("no command", {}, "evaluate", ["retrieval"]),
     *((flags, {}, TRAIN + flags, words) for flags, words in (
         ("--batch 0", ["--batch 0 must be at least 1"]), ("--lr nan", ["--lr nan"]), ("--clip -1", ["--clip -1"]),
-        ("--mask_probability 2", ["at most 1"]), ("--seed -1", ["--seed"]), ("--stop_after 0", ["--stop_after 0"]),
+        ("--mask_probability 2", ["at most 1"]), ("--max_bad 2", ["--max_bad 2.0 must", "at most 1"]), ("--seed -1", ["--seed"]), ("--stop_after 0", ["--stop_after 0"]),
         ("--scenes -1", ["--scenes"]), ("--workers -2", ["--workers"]), ("--held_out 5", ["--held_out", "val split"]),
         ("--text_layers 0", ["text_layers is 0"]), ("--width 100", ["100"]), ("--texts a.tsv", ["--texts needs --images"]),
         ("--width 66 --vision_heads 4 --no-stem", ["multiple of 4 heads"]), ("--patch_size 24 --no-stem", ["patch size 24"]),
@@ -221,6 +221,8 @@ CASES = [
     *((f"a checkpoint of {len(raw)} bytes", {"run/ckpt.pt": raw}, TRAIN, ["ckpt.pt", "not a checkpoint"])
       for raw in (b"", b"hello, I am a text", b"PK\x03\x04 a broken archive")),
     ("no images", {}, OWN + "--images none/*.tar", ["none/*.tar: no such file"]),
+    ("nothing to validate on", {}, OWN + "--val none.tar", ["none.tar: no such file"]),
+    ("two ways to validate", {}, OWN + "--val a.tar --held_out 2", ["--held_out and --val", "choose one"]),
     ("no tokenizer", {}, OWN + "--tokenizer none", ["none is not a tokenizer"]),
     ("no tokenizer for the demo", {}, TRAIN + "--tokenizer none", ["none is not a tokenizer"]),
     ("no tokenizer beside --init", {"a.pt": own()}, TRAIN + "--init a.pt --tokenizer none", ["none is not a tokenizer"]),
