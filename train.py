@@ -52,7 +52,7 @@ import sys
 import textwrap
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from statistics import fmean
 from typing import NamedTuple
@@ -379,7 +379,7 @@ class Run:
     step: int = 0                       # steps done
     saved: int = 0                      # of these, steps in ckpt.pt
     skipped: int = 0                    # of these, steps without an update
-    kept: list = field(default_factory=list)    # steps of this run's files ckpt_STEP.pt
+    kept: tuple = ()                    # steps of this run's files ckpt_STEP.pt
     signal: str = ""                    # the name of a signal that asks this process to stop
     waiting: bool = False               # may a signal end the wait for data?
 
@@ -463,17 +463,17 @@ def train_step(run, batch, stats, step):
 # --------------------------------------------------------------------------------------------------
 
 def claim(folder):
-    """Locks the folder of --out for this process -> the open file. However the process ends, the
-    system takes the lock back. ValueError where another run has it."""
-    file = open(pathlib.Path(folder, "lock"), "w")
+    """Locks the folder of --out for this process. However the process ends, the system takes the
+    lock back. ValueError where another run has it."""
+    global lock                                                 # open as long as the process lives
+    lock = open(pathlib.Path(folder, "lock"), "w")
     try:
         if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"another run writes into {folder}: choose another --out") from None
     except OSError:                                             # a file system without locks
         pass
-    return file
 
 
 def set_aside(folder):
@@ -496,7 +496,7 @@ def save(run):
         # on, and the new checkpoint is written all the same.
         try:
             keep_earlier(run.path, kept_path(run, run.saved))
-            run.kept.append(run.saved)
+            run.kept += (run.saved,)
         except OSError as error:
             say(f"the checkpoint of step {run.saved} is not kept: {error}")
         stale = run.kept[:-keep]
@@ -713,7 +713,7 @@ def prepare(args, device):
     if state:
         run.step = run.saved = state["step"]
         run.skipped = state["skipped"]
-        run.kept = state.get("kept", [])
+        run.kept = state.get("kept", ())
         before = state["config"]["records"]
         if before != batches.records():
             say(f"the data changed: {before} records then, {batches.records()} now, from here on "
@@ -954,7 +954,8 @@ def main(argv=None, step=train_step):
         check(args)
         if not args.explain:
             pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-            lock = claim(args.out) if world()[0] == 0 else None             # noqa: F841, held
+            if world()[0] == 0:
+                claim(args.out)
         run = prepare(args, device)
         if args.explain:
             # Reads a checkpoint if there is one, trains nothing and writes nothing.
