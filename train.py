@@ -462,18 +462,20 @@ def train_step(run, batch, stats, step):
 # Checkpoint and log
 # --------------------------------------------------------------------------------------------------
 
-def claim(folder):
-    """Locks the folder of --out for this process. However the process ends, the system takes the
-    lock back. ValueError where another run has it."""
-    global lock                                                 # open as long as the process lives
-    lock = open(pathlib.Path(folder, "lock"), "w")
-    try:
-        if fcntl:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another run writes into {folder}: choose another --out") from None
-    except OSError:                                             # a file system without locks
-        pass
+@contextlib.contextmanager
+def claimed(folder):
+    """Makes the folder of --out and locks it for this process. However the process ends, the system
+    takes the lock back. ValueError where another run has it."""
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(pathlib.Path(folder, "lock"), "w") as file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another run writes into {folder}: choose another --out") from None
+        except OSError:                                         # a file system without locks
+            pass
+        yield
 
 
 def set_aside(folder):
@@ -952,18 +954,16 @@ def main(argv=None, step=train_step):
     try:
         device = start_processes()
         check(args)
-        if not args.explain:
-            pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-            if world()[0] == 0:
-                claim(args.out)
-        run = prepare(args, device)
-        if args.explain:
-            # Reads a checkpoint if there is one, trains nothing and writes nothing.
-            image = to_device(run.batches[0][0], device)
-            evaluate.explain(run.objective.model.eval(), run.objective.tokenizer, image)
-        else:
-            train(run, step)
-            finish(run)
+        # One process writes. --explain reads a checkpoint if there is one and writes nothing.
+        alone = args.explain or world()[0] > 0
+        with contextlib.nullcontext() if alone else claimed(args.out):
+            run = prepare(args, device)
+            if args.explain:
+                image = to_device(run.batches[0][0], device)
+                evaluate.explain(run.objective.model.eval(), run.objective.tokenizer, image)
+            else:
+                train(run, step)
+                finish(run)
         if dist.is_initialized():
             dist.barrier()
         status = 0

@@ -29,7 +29,7 @@ import torch
 # --------------------------------------------------------------------------------------------------
 
 def write_checkpoint(path, state):
-    """Writes a checkpoint. A kill at any moment or a full disk leaves the old file or the new one."""
+    """Writes a checkpoint. A kill at any moment or a full disk leaves the old file or the new."""
     # Written under another name and flushed to disk. Renaming then cannot fail halfway.
     tmp_path = path.with_name(path.name + ".tmp")
     try:

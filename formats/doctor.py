@@ -71,8 +71,8 @@ class Findings:
         with undecoded(raw) as image:
             size = image.size
             image.draft("RGB", (1, 1))          # a JPEG is read to its end but decoded at 1/8
-            self.formats[image.format] += 1
             darkest, brightest = np.array(rgb(image).getextrema()).T         # (3,) each
+            self.formats[image.format] += 1
         if min(size) == 1 or (darkest == brightest).all():
             self.checks.note("picture", "", where)
 
@@ -104,7 +104,7 @@ class Findings:
         size = sum(reader.size for reader in self.readers) / 2 ** 20
         print(f"{name}: {kind}, {len(self.readers):,} file(s), {records:,} records, "
               f"{size:,.1f} MiB")
-        if self.records:
+        if self.texts:
             self.report_good()
         for line in self.checks.warnings():
             show("warning", line)

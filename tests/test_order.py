@@ -135,7 +135,7 @@ def test_the_first_ten_bad_records_are_named_once(capsys):
     count = 0
     for name in [0, 1, 0, 1, *range(12)]:
         count += bad_records.count([f"record-{name};"])[0]
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert [said.count(f"record-{name};") for name in range(12)] == [1] * 10 + [0] * 2 and count == 16
 
 

@@ -112,7 +112,7 @@ def print_table(root):
 
 def imports(tree):
     """The modules that a file imports, also inside functions: [(name, is it at the top?)]."""
-    top = set(map(id, tree.body))
+    top = {id(inner) for node in tree.body for inner in ([node] if not isinstance(node, ast.Try) else node.body)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in top) for alias in node.names)
