@@ -461,11 +461,13 @@ def check_languages(args, size, datasets):
     if not any(isinstance(dataset, (Mixture, Files)) for dataset in datasets):
         raise ValueError("--languages chooses among those of your own files: give some, or leave "
                          "it out")
+    # A sample of the records most often has them all. Only where one is rare every record is read.
     missing = set(args.languages)
-    for needed in (False, True):                # first a sample; every record only if one is rare
+    for needed in (False, True):
         for dataset in datasets:
             missing -= set(dataset.languages(missing if needed else ()))
     if missing:
+        # What is there is said too: the same files are opened again, without the choice.
         everything = argparse.Namespace(**vars(args) | {"languages": None})
         found = {k for dataset in streams(everything, size) if dataset for k in dataset.languages()}
         raise ValueError(f"--languages: no record is in {' '.join(sorted(missing))}; there are "
@@ -503,7 +505,9 @@ def tokenizer_command(words):
     print(f"wrote {args.out}: vocabulary {made.size:,}")
     if made.size < args.vocab:
         print(f"these texts hold no {args.vocab:,} pieces")
-    for language, some in sorted(samples.items()):              # letters too rare for a piece?
+
+    # A letter that is too rare for a piece is written in bytes. Do whole languages suffer from it?
+    for language, some in sorted(samples.items()):
         pieces = [piece for ids in made.processor.encode(some) for piece in ids]
         share = sum(map(made.processor.is_byte, pieces)) / max(1, len(pieces))
         if share > 0.5:

@@ -834,6 +834,11 @@ def load(run, last):
             yield batch
     except KeyboardInterrupt:                                   # of signals_noted
         return
+    except (EOFError, ConnectionError, FileNotFoundError) as error:
+        if not workers or "Traceback" in str(error):            # of the data, see data.fail
+            raise
+        # It died while torch fetched the tensors of a batch from it.
+        raise RuntimeError("DataLoader worker (pid unknown) exited") from None
     finally:
         # Workers ignore the signal by which torch and Python would end them. torch reports the
         # first of these deaths too.
