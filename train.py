@@ -63,6 +63,9 @@ try:
 except ImportError:                                             # Windows
     fcntl = resource = None
 
+# Every step has other lengths, which breaks CUDA's memory into pieces; these can be joined again.
+# torch reads this when it is imported.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -221,6 +224,9 @@ def recipe_lines(args, vocabulary):
 def start_processes():
     """Joins torchrun's process group where there is one -> device. Each process has a GPU of its
     own (nccl), or all share the CPU (gloo)."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
+        raise ValueError("srun alone starts runs that know nothing of each other: use srun "
+                         "--ntasks-per-node=1 torchrun ... (docs/gpus.md, SLURM)")
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -228,8 +234,10 @@ def start_processes():
         torch.cuda.set_device(device)
         backend = "nccl"
     if "RANK" in os.environ:
-        patience = datetime.timedelta(hours=2)                  # others wait while rank 0 evaluates
-        dist.init_process_group(backend, timeout=patience)
+        # Who waits longer in a step waits for a process that hangs. (Run.patient waits longer.)
+        patience = datetime.timedelta(minutes=10)
+        own = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=patience, device_id=own)
         # The strides of 1 x 1 convolutions differ only along dimensions of size 1.
         warnings.filterwarnings("ignore", "Grad strides do not match")
     return device
@@ -382,6 +390,8 @@ class Run:
     kept: tuple = ()                    # steps of this run's files ckpt_STEP.pt
     signal: str = ""                    # the name of a signal that asks this process to stop
     waiting: bool = False               # may a signal end the wait for data?
+    waited: float = 0.0                 # seconds that the last step waited for its data
+    patient: object = None              # process group that waits for the first process
 
 
 class Verdict(NamedTuple):
@@ -489,8 +499,16 @@ def set_aside(folder):
 
 def save(run):
     """Writes the checkpoint (formats/checkpoints.py). All processes call it, the first writes."""
-    if world()[0] > 0 or run.step == run.saved:
+    if run.step == run.saved:
         return
+    if world()[0] == 0:
+        write(run)
+    run.saved = run.step
+    wait_for_first(run)
+
+
+def write(run):
+    """ckpt.pt, and of the earlier ones as many as --keep says."""
     keep = run.args.keep
     stale = []
     if keep and run.saved:
@@ -510,9 +528,14 @@ def save(run):
              "skipped": run.skipped, "kept": run.kept, "config": config,
              "tokenizer": run.objective.tokenizer.model}
     write_checkpoint(run.path, state)
-    run.saved = run.step
     for step in stale:
         kept_path(run, step).unlink(missing_ok=True)
+
+
+def wait_for_first(run):
+    """Here the other processes wait while the first one writes, validates or evaluates."""
+    if run.patient:
+        dist.barrier(run.patient)
 
 
 def kept_path(run, step):
@@ -548,7 +571,8 @@ class Log:
         columns += [f"norm_{tower}" for tower in ("all", "vision", "text", "fusion", "heads")]
         columns += ["skipped", "bad_records", "cut"]
         columns += objective.validation
-        columns += ["seconds", "images_per_s", "sentences_per_s", "memory_mb"]      # not bitwise
+        columns += ["seconds", "images_per_s", "sentences_per_s", "data_wait",
+                    "memory_mb"]                                # these differ from run to run
         self.validation = objective.validation
         self.best = (0.0, 0)                    # mean of a validation's recalls, its step
         rows = whole_rows(path, step) if path.exists() else []
@@ -583,8 +607,9 @@ def whole_rows(path, step):
     return rows
 
 
-def speed(batch, seconds):
-    """Throughput of one step on all processes, and the most memory that this process held."""
+def speed(batch, seconds, waited):
+    """Throughput of one step on all processes, how much of it (%) this process waited for data, and
+    the most memory that it held."""
     W = world()[1]
     images, sentences = (W * len(stream["ids"]) if stream else 0 for stream in batch)
     if torch.cuda.is_available():
@@ -595,7 +620,8 @@ def speed(batch, seconds):
     else:
         memory = 0                                                            # Windows: not known
     return {"seconds": f"{seconds:.4f}", "images_per_s": f"{images / seconds:.1f}",
-            "sentences_per_s": f"{sentences / seconds:.1f}", "memory_mb": f"{memory:.0f}"}
+            "sentences_per_s": f"{sentences / seconds:.1f}",
+            "data_wait": f"{100 * waited / seconds:.0f}", "memory_mb": f"{memory:.0f}"}
 
 
 def line(row, run):
@@ -605,7 +631,8 @@ def line(row, run):
         if name in row:
             parts.append(f"{name} {row[name]:.3g}/{chance:.3g}")
     parts.append(f"| gradient {row['norm_all']:.2f} | {float(row['images_per_s']):.0f} images/s "
-                 f"{float(row['sentences_per_s']):.0f} pairs/s {row['memory_mb']} MB")
+                 f"{float(row['sentences_per_s']):.0f} pairs/s {row['memory_mb']} MB "
+                 f"{row['data_wait']} % waiting for data")
     for name in run.objective.validation:
         if name in row:
             parts.append(f"{name} {row[name]:.1f}")
@@ -713,14 +740,31 @@ def prepare(args, device):
     run = Run(args, device, objective, wrapped, optimizer, autocast, batches,
               BadRecords(rank, args.max_bad), path, new, languages)
     if state:
-        run.step = run.saved = state["step"]
-        run.skipped = state["skipped"]
-        run.kept = state.get("kept", ())
-        before = state["config"]["records"]
-        if before != batches.records():
-            say(f"the data changed: {before} records then, {batches.records()} now, from here on "
-                f"in a new order")
+        resume(run, state)
+    if W > 1:
+        run.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+        check_steps(run)
     return run
+
+
+def check_steps(run):
+    """ValueError where two nodes do not see the same --out: one would resume, the other begin."""
+    steps = [None] * world()[1]
+    dist.all_gather_object(steps, run.step)
+    if len(set(steps)) > 1:
+        raise ValueError(f"processes found checkpoints of steps {sorted(set(steps))} in "
+                         f"{run.args.out}: it must be one folder that all nodes see")
+
+
+def resume(run, state):
+    """What a checkpoint says of the run itself."""
+    run.step = run.saved = state["step"]
+    run.skipped = state["skipped"]
+    run.kept = state.get("kept", ())
+    before = state["config"]["records"]
+    now = run.batches.records()
+    if before != now:
+        say(f"the data changed: {before} records then, {now} now, from here on in a new order")
 
 
 def new_parameters(args, state):
@@ -829,7 +873,9 @@ def load(run, last):
             run.waiting = world()[1] == 1
             if run.waiting and run.signal:
                 return
+            begin = time.perf_counter()
             batch = next(batches)
+            run.waited = time.perf_counter() - begin
             run.waiting = False
             yield batch
     except KeyboardInterrupt:                                   # of signals_noted
@@ -877,12 +923,9 @@ def train(run, step=train_step):
             run.step += 1
             skipped_in_a_row = 0 if verdict.finite else skipped_in_a_row + 1
             run.skipped += not verdict.finite
-            row |= {"skipped": run.skipped} | speed(batch, time.perf_counter() - clock)
-
-            # Rank 0 validates and writes; the others wait in the next step's first collective.
+            seconds = time.perf_counter() - clock
+            row |= {"skipped": run.skipped} | speed(batch, seconds, run.waited) | validation(run)
             if log:
-                if validates(run):
-                    row |= run.objective.validate()
                 log.write(row)
             if run.step % args.log_every == 0 or run.step == last or not verdict.finite:
                 say(line(row, run))
@@ -916,15 +959,19 @@ def first_tokens(run, batch):
     return f"the last batch held {' '.join(pieces)} ..."
 
 
-def validates(run):
-    """Is a validation due after this step?"""
+def validation(run):
+    """Where one is due after this step: its columns of the log. The first process validates."""
     every = run.args.validate_every
-    return run.objective.validation and every and run.step % every == 0
+    if not run.objective.validation or not every or run.step % every:
+        return {}
+    scores = run.objective.validate() if world()[0] == 0 else {}
+    wait_for_first(run)
+    return scores
 
 
 def finish(run):
-    """Evaluates a finished run -> out/results.json and the table. Rank 0 works; the others wait at
-    the barrier in main()."""
+    """Evaluates a finished run -> out/results.json and the table. Rank 0 works; the others wait in
+    main()."""
     args = run.args
     if run.step < args.steps or world()[0] > 0:
         return
@@ -946,6 +993,8 @@ def finish(run):
 TOLD = {
     r"worker \(pid": "a data worker died; often memory or shared memory (/dev/shm) is full: start "
                      "Docker with --ipc=host or --shm-size, or use --workers 0",
+    r"(?i)out of memory|allocate memory": "memory is full: choose a smaller --batch and "
+                                          "--text_batch, or --checkpointing",
     r"C(\+\+)? compiler": "--compile and Triton on a GPU need a C compiler, for example gcc",
     r"(?i)closed by peer|reset by peer|broken pipe|timed out|nccl": "another process of this run "
                                                                     "died",
@@ -969,8 +1018,7 @@ def main(argv=None, step=train_step):
             else:
                 train(run, step)
                 finish(run)
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_first(run)
         status = 0
     except BrokenPipeError:                                     # stdout: | head has read enough
         leave_stdout()

@@ -72,12 +72,12 @@ def forked(folder, out, rank, port, die_at=None):
     os._exit(status)
 
 
-def two(folder, out, die_at=None):
-    """-> exit statuses of two processes; the second is killed in step die_at."""
+def two(folder, out, die_at=None, other=None):
+    """-> exit statuses of two processes; the second is killed in step die_at, or writes into `other`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pids = [forked(folder, out, rank, port, die_at if rank else None) for rank in (0, 1)]
+    pids = [forked(folder, (other or out) if rank else out, rank, port, die_at if rank else None) for rank in (0, 1)]
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
@@ -89,6 +89,14 @@ def test_one_of_two_killed_processes_is_told_in_one_line_and_the_run_resumes_bit
     assert torch.load(tmp_path / "killed" / "ckpt.pt", weights_only=True)["step"] == 6
     assert two(whole, tmp_path / "killed") == [0, 0]
     kills.same(tmp_path / "killed", tmp_path / "whole", 12)
+
+
+def test_two_nodes_that_see_different_folders_are_told_so(tmp_path, whole):
+    assert train.main(settings(whole, tmp_path / "here", "--stop_after", "3")) == 0
+    assert two(whole, tmp_path / "here", other=tmp_path / "there") == [2, 2]
+    for out in ("here.0", "there.1"):
+        told = (tmp_path / out).read_text().splitlines()[-1]
+        assert told.startswith("error: processes found checkpoints of steps [0, 3]") and "all nodes" in told
 
 
 def test_a_killed_worker_is_told_in_one_line_and_another_number_of_workers_resumes_bitwise(tmp_path, whole, capfd):

@@ -212,12 +212,22 @@ def test_a_run_without_a_step_leaves_nothing_that_blocks_the_next(tmp_path, caps
     assert small(tmp_path, "--lr", "0.01") == 0
 
 
-def test_a_missing_compiler_is_one_line(tmp_path, capsys):
+@pytest.mark.parametrize("error, told", [
+    ("Failed to find C compiler. Please specify via CC environment variable.", "--compile and Triton on a GPU need a C comp"),
+    ("CUDA out of memory. Tried to allocate 2.00 GiB.", "memory is full: choose a smaller --batch"),
+    ("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory", "memory is full")])
+def test_what_torch_has_no_exception_for_is_one_line(error, told, tmp_path, capsys):
     def step(*args):
-        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+        raise RuntimeError(error)
 
     assert train.main(["--out", str(tmp_path), *SMALL], step) == 2
-    assert capsys.readouterr().err.startswith("error: --compile and Triton on a GPU need a C compiler, for example gcc (")
+    assert capsys.readouterr().err.startswith(f"error: {told}")
+
+
+def test_srun_without_torchrun_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert train.main(["--out", str(tmp_path / "out")]) == 2
+    assert "torchrun" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_it_can_be_imported_where_there_is_no_fcntl_and_no_resource(monkeypatch):
@@ -227,7 +237,7 @@ def test_it_can_be_imported_where_there_is_no_fcntl_and_no_resource(monkeypatch)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "train_on_windows", module)
     spec.loader.exec_module(module)
-    assert module.speed([None, None], 1.0)["memory_mb"] == "0"
+    assert module.speed([None, None], 1.0, 0.0)["memory_mb"] == "0"
 
 
 def test_the_start_says_what_the_data_are_and_val_names_the_best_step(tmp_path, tokenizer, capsys):
