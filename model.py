@@ -120,6 +120,7 @@ RECIPE = {
     "save_every": "steps between checkpoints; the last step is always saved",
     "validate_every": "steps between validations; 0: none",
     "workers": "processes that prepare batches for each trainer; 0: none, -1: by the cores",
+    "processes": "trainers that python train.py starts on CPUs; torchrun starts those of GPUs",
 }
 RECIPES = {
     # Chosen on the demo's val splits (docs/experiments.md).
@@ -127,25 +128,29 @@ RECIPES = {
         steps=1500, warmup=100, batch=128, text_batch=128,
         lr=1e-3, vision_lr=1.0, text_lr=1.0, fusion_lr=2.0, new_lr=1.0, temperature_lr=3e-4,
         mask_probability=0.15, caption_masked=20, sentence_masked=20,
-        caption_tokens=64, sentence_tokens=64, save_every=500, validate_every=500, workers=1),
+        caption_tokens=64, sentence_tokens=64, save_every=500, validate_every=500, workers=1,
+        processes=2),
     # NOT published and never trained: a guess. The contrastive loss wants a large batch; a model of
     # this size from random weights stands a few 1e-4 after a long warm-up; masking is CCLM-3M's.
     "small": dict(
         steps=100_000, warmup=5000, batch=1024, text_batch=1024,
         lr=5e-4, vision_lr=1.0, text_lr=1.0, fusion_lr=1.0, new_lr=1.0, temperature_lr=5e-4,
         mask_probability=0.4, caption_masked=12, sentence_masked=20,
-        caption_tokens=40, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1),
+        caption_tokens=40, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1,
+        processes=1),
     # CCLM-X2VLM-base and -large as published (docs/paper.md), but for save_every, which was 50,000.
     "base": dict(
         steps=406_614, warmup=1000, batch=480, text_batch=480,
         lr=4e-5, vision_lr=0.5, text_lr=2.0, fusion_lr=1.0, new_lr=2.0, temperature_lr=4e-5,
         mask_probability=0.4, caption_masked=10, sentence_masked=16,
-        caption_tokens=30, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1),
+        caption_tokens=30, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1,
+        processes=1),
     "large": dict(
         steps=406_614, warmup=1000, batch=480, text_batch=480,
         lr=3e-5, vision_lr=1 / 3, text_lr=2.0, fusion_lr=1.0, new_lr=2.0, temperature_lr=3e-5,
         mask_probability=0.4, caption_masked=10, sentence_masked=16,
-        caption_tokens=30, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1),
+        caption_tokens=30, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1,
+        processes=1),
 }
 RECIPE_SOURCES = {
     "demo": "chosen on its val splits",

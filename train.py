@@ -48,6 +48,8 @@ import pathlib
 import platform
 import re
 import signal
+import socket
+import subprocess
 import sys
 import textwrap
 import time
@@ -89,8 +91,8 @@ from weights import starting_point
 # These may differ when a run is resumed: they do not change its result (the last three: only by
 # rounding, so that a run that is out of memory can go on with --checkpointing).
 FREE = {"out", "stop_after", "save_every", "validate_every", "log_every", "keep", "fresh", "eval",
-        "explain", "workers", "cache", "image_root", "val", "max_bad", "compile", "checkpointing",
-        "chunk"}
+        "explain", "workers", "processes", "cache", "image_root", "val", "max_bad", "compile",
+        "checkpointing", "chunk"}
 PATHS = {"images", "texts", "tokenizer", "init"}                # of these the last names must agree
 LOSSES = ("contrast", "match", "mask")
 RECALLS = ("t2i_r1", "i2t_r1")                                  # of a validation
@@ -221,12 +223,15 @@ def recipe_lines(args, vocabulary):
 # Set-up
 # --------------------------------------------------------------------------------------------------
 
-def start_processes():
+def start_processes(args, launch):
     """Joins torchrun's process group where there is one -> device. Each process has a GPU of its
-    own (nccl), or all share the CPU (gloo)."""
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
-        raise ValueError("srun alone starts runs that know nothing of each other: use srun "
-                         "--ntasks-per-node=1 torchrun ... (docs/gpus.md, SLURM)")
+    own (nccl), or all share the CPU (gloo). launch: start the other processes of a CPU's run?"""
+    if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            raise ValueError("srun alone starts runs that know nothing of each other: use srun "
+                             "--ntasks-per-node=1 torchrun ... (docs/gpus.md, SLURM)")
+        if launch and not torch.cuda.is_available():
+            launch_others(args)
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -236,11 +241,29 @@ def start_processes():
     if "RANK" in os.environ:
         # Who waits longer in a step waits for a process that hangs. (Run.patient waits longer.)
         patience = datetime.timedelta(minutes=10)
-        own = device if device.type == "cuda" else None
+        own = device if backend == "nccl" else None
         dist.init_process_group(backend, timeout=patience, device_id=own)
         # The strides of 1 x 1 convolutions differ only along dimensions of size 1.
         warnings.filterwarnings("ignore", "Grad strides do not match")
     return device
+
+
+def launch_others(args):
+    """Starts the other processes of a run on CPUs and makes this one the first of them. Of the
+    small operations of a small model, two threads do hardly more than one; two processes do."""
+    cores = os.cpu_count() or 1
+    count = math.gcd(min(args.processes, cores) or 1, args.batch, args.text_batch)
+    if count < 2 or args.explain:
+        return
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
+                   "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": str(cores // count)}
+    torch.set_num_threads(cores // count)
+    for rank in map(str, range(1, count)):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        subprocess.Popen([sys.executable, *sys.argv], env=os.environ | place)
+    os.environ["RANK"] = "0"
 
 
 def training_dtype(device):
@@ -650,8 +673,10 @@ def say(text):
     try:
         tqdm.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:                     # its SIGPIPE stops the loop: see signals_noted
-        leave_stdout()
+    except BrokenPipeError:
+        if signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN:              # outside the loop
+            raise
+        leave_stdout()                          # SIGPIPE stops the loop: see signals_noted
 
 
 def leave_stdout():
@@ -832,7 +857,7 @@ def signals_noted(run):
     # process that waits for data has no step at hand.
     def note(number, frame):
         run.signal = signal.Signals(number).name
-        if number == signal.SIGINT and not dist.is_initialized():
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(number, signal.default_int_handler)
         if run.waiting:
             raise KeyboardInterrupt
@@ -990,23 +1015,29 @@ def finish(run):
 
 
 # Errors for which torch has no exception of its own: what it says -> what that means.
+DIED = "another process of this run died"
 TOLD = {
     r"worker \(pid": "a data worker died; often memory or shared memory (/dev/shm) is full: start "
                      "Docker with --ipc=host or --shm-size, or use --workers 0",
     r"(?i)out of memory|allocate memory": "memory is full: choose a smaller --batch and "
                                           "--text_batch, or --checkpointing",
     r"C(\+\+)? compiler": "--compile and Triton on a GPU need a C compiler, for example gcc",
-    r"(?i)closed by peer|reset by peer|broken pipe|timed out|nccl": "another process of this run "
-                                                                    "died",
+    r"(?i)closed by peer|reset by peer|broken pipe|timed out|nccl": DIED,
 }
+
+
+def fail(error, everywhere):
+    """data.fail. everywhere: all processes find this mistake, so one of each machine tells it."""
+    return 2 if everywhere and int(os.environ.get("LOCAL_RANK", 0)) else data.fail(error)
 
 
 def main(argv=None, step=train_step):
     """-> exit status: 0, or 2 after one line about what was wrong with the input. An error of the
     program itself is not caught: it keeps its traceback."""
     args = settings(argv)
+    run = None
     try:
-        device = start_processes()
+        device = start_processes(args, launch=argv is None)
         check(args)
         # One process writes. --explain reads a checkpoint if there is one and writes nothing.
         alone = args.explain or world()[0] > 0
@@ -1028,12 +1059,12 @@ def main(argv=None, step=train_step):
         if not told:
             raise
         reason = " ".join(str(error).split())[:160]
-        status = data.fail(f"{told[0]} ({reason}); the same command continues from the last "
-                           f"checkpoint in {args.out}")
+        status = fail(f"{told[0]} ({reason}); the same command continues from the last "
+                      f"checkpoint in {args.out}", told[0] == DIED)
     except (ValueError, OSError) as error:
-        status = data.fail(error)
+        status = fail(error, run is None)
     except KeyboardInterrupt:
-        status = data.fail("interrupted; the last checkpoint is as it was")
+        status = fail("interrupted; the last checkpoint is as it was", True)
     if dist.is_initialized():
         if not status:
             dist.destroy_process_group()

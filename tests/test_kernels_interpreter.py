@@ -36,7 +36,7 @@ def test_the_demo_trained_by_the_kernels_has_the_losses_of_torch(tmp_path):
     rows = []
     for interpret in (False, True):
         out = tmp_path / str(interpret)
-        python("train.py", "--batch", "8", "--text_batch", "8", "--steps", "3", "--no-eval", "--out", str(out),
+        python("train.py", "--batch", "8", "--text_batch", "8", "--steps", "3", "--no-eval", "--out", str(out), "--processes", "1",
                interpret=interpret)
         rows.append(list(csv.DictReader(open(out / "log.csv"))))
     assert len(rows[0]) == len(rows[1]) == 3

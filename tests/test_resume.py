@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import train                                                                 # noqa: E402
 TINY = ("--steps 14 --save_every 3 --log_every 1 --batch 8 --text_batch 8 --width 32 --vision_mlp 64 "
-        "--text_mlp 64 --fusion_mlp 64 --vision_layers 1 --dropout 0.1 --no-eval").split()
+        "--text_mlp 64 --fusion_mlp 64 --vision_layers 1 --dropout 0.1 --no-eval --processes 1").split()
 NOT_BITWISE = {"seconds", "images_per_s", "sentences_per_s", "data_wait", "memory_mb"}
 
 
@@ -127,6 +127,18 @@ def test_torchrun_stops_on_sigterm_although_its_processes_get_it_twice(tmp_path)
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
     assert 4 <= saved < 14 and saved == steps_done(tmp_path)
     assert finish(tmp_path, 2) and steps_done(tmp_path) == 14
+
+
+def test_on_cpus_a_run_starts_its_second_process_itself_and_ctrl_c_reaches_both(tmp_path):
+    run = start(tmp_path / "own", 1, "--processes", "2")
+    while steps_done(tmp_path / "own") < 4 and run.poll() is None:
+        time.sleep(0.002)
+    os.killpg(run.pid, signal.SIGINT)
+    said = run.communicate()[0]
+    assert run.returncode == 0 and said.count("SIGINT: saved") == 1 and "2 process(es)" in said
+    assert "error" not in finish(tmp_path / "own", 1, "--processes", "2")
+    finish(tmp_path / "torchrun", 2)
+    same(tmp_path / "own", tmp_path / "torchrun")
 
 
 def test_other_settings_are_refused_and_fresh_starts_over(tmp_path, whole, capsys):

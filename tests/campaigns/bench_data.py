@@ -33,7 +33,7 @@ import data                                                                  # n
 from formats import records                                                  # noqa: E402
 
 TRAIN = ("--steps 40 --log_every 40 --batch 32 --text_batch 64 --width 32 --vision_layers 1 --vision_mlp 64 "
-         "--text_mlp 64 --fusion_mlp 64 --image_size 32 --no-eval --workers 1").split()
+         "--text_mlp 64 --fusion_mlp 64 --image_size 32 --no-eval --workers 1 --processes 1").split()
 
 
 def picture(seed, width, height, quality=90):

@@ -25,7 +25,7 @@ import train                                                                 # n
 
 N = 40                                                                       # records of a shard
 TINY = ("--width 32 --vision_layers 1 --vision_mlp 64 --text_mlp 64 --fusion_mlp 64 --image_size 32 "
-        "--patch_size 16 --batch 8 --text_batch 8 --log_every 1 --no-eval").split()
+        "--patch_size 16 --batch 8 --text_batch 8 --log_every 1 --no-eval --processes 1").split()
 
 
 # --------------------------------------------------------------------------------------------------------------------

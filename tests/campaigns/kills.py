@@ -26,7 +26,8 @@ import samples                                                               # n
 
 STEPS = 16
 TINY = (f"--width 32 --vision_layers 1 --vision_mlp 64 --text_mlp 64 --fusion_mlp 64 --image_size 32 --keep 1 "
-        f"--patch_size 16 --batch 8 --text_batch 8 --log_every 1 --steps {STEPS} --save_every 2 --dropout 0.1").split()
+        f"--patch_size 16 --batch 8 --text_batch 8 --log_every 1 --steps {STEPS} --save_every 2 --dropout 0.1 "
+        f"--processes 1").split()
 NOT_BITWISE = {"seconds", "images_per_s", "sentences_per_s", "data_wait", "memory_mb"}
 
 
