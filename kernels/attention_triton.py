@@ -220,15 +220,19 @@ def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, 
 @triton.jit(do_not_specialize=["B", "T"])
 def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias, B, T, row,
                  bias_row, c: tl.constexpr):
-    """One program per tile of one head's bias: the sum of ds over all B sequences, in their order.
-    """
-    h = tl.program_id(2)
-    i = tl.program_id(0) * c.QUERIES + tl.arange(0, c.QUERIES)
-    j = tl.program_id(1) * c.KEYS + tl.arange(0, c.KEYS)
+    """One program per tile of one head's bias and per part of the B sequences: the sum of ds over
+    this part, in the order of its sequences. The parts are added afterwards: an image encoder has
+    few tiles, and without parts most of the GPU would wait."""
+    h = tl.program_id(1)
+    part = tl.program_id(2)
+    across = bias_row // c.KEYS                                              # tiles side by side
+    i = tl.program_id(0) // across * c.QUERIES + tl.arange(0, c.QUERIES)
+    j = tl.program_id(0) % across * c.KEYS + tl.arange(0, c.KEYS)
     where = h * bias_row * bias_row + i[:, None] * bias_row + j[None, :]
     b = LOG2_E * tl.load(bias + where).to(c.SUM)                             # of all sequences
     total = tl.zeros([c.QUERIES, c.KEYS], c.SUM)
-    for sequence in range(B):
+    per_part = tl.cdiv(B, tl.num_programs(2))
+    for sequence in range(part * per_part, min(part * per_part + per_part, B)):
         first = tl.load(q_starts + sequence)
         end = tl.load(q_starts + sequence + 1)
         rows = first + i
@@ -242,22 +246,22 @@ def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias,
         values = load(v, h, columns, columns < end, row, c)
         own_delta = tl.load(delta + h * T + rows, mask=rows < end, other=0.0)
         total += p * (dot(g, values.T, None, c) - own_delta[:, None])
-    tl.store(dbias + where, total)                                           # padded as bias is
+    tl.store(dbias + part * (row // c.HEAD) * bias_row * bias_row + where, total)
 
 
 # --------------------------------------------------------------------------------------------------
 # Launching
 # --------------------------------------------------------------------------------------------------
 
-# (16-bit, wider than 64): {kernel: (QUERIES, KEYS, warps, stages)}. None spills on sm_80 or sm_90:
+# (16-bit, wider than 64): {kernel: (QUERIES, KEYS, warps, stages)}. None spills on an NVIDIA GPU:
 # `python -m kernels.bench` compiles every entry. Sentences are short: a block of 128 queries,
 # faster on long sequences, would be nine tenths empty here.
 TILES = {
     (True, False): {
-        "forward": (64, 64, 4, 2),
+        "forward": (64, 64, 4, 3),
         "dq": (64, 64, 4, 2),
-        "dkv": (32, 64, 4, 2),
-        "dbias": (64, 64, 4, 2),
+        "dkv": (16, 64, 4, 2),
+        "dbias": (64, 64, 8, 2),
     },
     (True, True): {
         "forward": (64, 32, 4, 2),
@@ -267,18 +271,19 @@ TILES = {
     },
     (False, False): {
         "forward": (16, 32, 4, 2),
-        "dq": (16, 32, 4, 2),
+        "dq": (16, 32, 4, 1),
         "dkv": (16, 32, 4, 2),
         "dbias": (16, 32, 4, 2),
     },
     (False, True): {
         "forward": (16, 16, 4, 1),
-        "dq": (16, 32, 4, 2),
+        "dq": (16, 32, 4, 1),
         "dkv": (16, 16, 4, 2),
         "dbias": (16, 32, 8, 1),
     },
 }
 BIAS_MULTIPLE = 128                 # a bias is padded to a multiple of every tile
+PROGRAMS = 1024                     # of dbias: enough for every multiprocessor, few parts to add
 
 
 def tile_sizes(kernel: str, dtype, d: int):
@@ -289,36 +294,37 @@ def tile_sizes(kernel: str, dtype, d: int):
 
 
 class Launch:
-    """The arguments that all kernels of one call are given. A bias is padded: tiles need no mask.
-    """
+    """The arguments that all kernels of one call are given."""
 
     def __init__(self, q, k, v, q_starts, k_starts, bias):
         self.dtype = q.dtype
         self.T, self.H, self.d = q.shape
         self.S = len(k)
         self.B = len(q_starts) - 1
-        self.bias_row = 0
-        if bias is not None:
-            missing = -bias.shape[1] % BIAS_MULTIPLE
-            bias = F.pad(bias, (0, missing, 0, missing)).contiguous()
-            self.bias_row = bias.shape[1]
-        self.bias = bias
+        self.biased = bias is not None
+        self.bias_row = bias.shape[1] if self.biased else 0
         self.matrices = {"q": q, "k": k, "v": v, "q_starts": q_starts, "k_starts": k_starts,
-                         "bias": q if bias is None else bias}                # q: not read
+                         "bias": bias if self.biased else q}                 # q: not read
+
+    def grid(self, name):
+        """How many programs a kernel has: (blocks, heads), of dbias also parts."""
+        queries, keys, *_ = tile_sizes(name, self.dtype, self.d)
+        if name == "dbias":
+            tiles = (self.bias_row // queries) * (self.bias_row // keys)
+            parts = max(1, min(self.B, PROGRAMS // (tiles * self.H)))
+            return tiles, self.H, parts
+        if name == "dkv":
+            return self.S // keys + self.B, self.H                           # see find_block
+        return self.T // queries + self.B, self.H
 
     def __call__(self, name, kernel, **others):
         queries, keys, warps, stages = tile_sizes(name, self.dtype, self.d)
         c = Constants(**computing_types(self.dtype), HEAD=self.d, WIDTH=power_of_two(self.d),
-                      SCALE=math.log2(math.e) / math.sqrt(self.d), BIAS=self.bias is not None,
+                      SCALE=math.log2(math.e) / math.sqrt(self.d), BIAS=self.biased,
                       QUERIES=queries, KEYS=keys)
-        grid = (self.T // queries + self.B, self.H)                          # see find_block
-        if name == "dkv":
-            grid = (self.S // keys + self.B, self.H)
-        if name == "dbias":
-            grid = (self.bias_row // queries, self.bias_row // keys, self.H)
-        kernel[grid](**self.matrices, **others, B=self.B, T=self.T, row=self.H * self.d,
-                     bias_row=self.bias_row, c=c, num_warps=warps, num_stages=stages,
-                     enable_fp_fusion=True)
+        kernel[self.grid(name)](**self.matrices, **others, B=self.B, T=self.T, row=self.H * self.d,
+                                bias_row=self.bias_row, c=c, num_warps=warps, num_stages=stages,
+                                enable_fp_fusion=True)
 
 
 # custom_op and not triton_op: torch.compile takes the op as it is, so a test in the interpreter
@@ -328,7 +334,8 @@ class Launch:
 @torch.library.custom_op("cclm::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor,
                  bias: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-    """-> out (T, H, d), log2-sum-exp2 of the scores (H, T)"""
+    """bias: padded to (H, P', P'), see attention_triton -> out (T, H, d), log2-sum-exp2 of the
+    scores (H, T)"""
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
     launch = Launch(q, k, v, q_starts, k_starts, bias)
@@ -340,7 +347,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Te
 def attention_backward_op(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor,
                           k_starts: Tensor, bias: Optional[Tensor], out: Tensor,
                           lse: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv, dbias (empty without a bias)"""
+    """-> dq, dk, dv, dbias (padded as bias is; empty without one)"""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     launch = Launch(q, k, v, q_starts, k_starts, bias)
     saved = {"gradient": gradient.contiguous(), "lse": lse, "delta": torch.empty_like(lse)}
@@ -348,10 +355,9 @@ def attention_backward_op(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, q_s
     launch("dkv", dkv_kernel, dk=dk, dv=dv, **saved)
     if bias is None:
         return dq, dk, dv, lse.new_empty(0)
-    dbias = torch.empty_like(launch.bias, dtype=lse.dtype)                   # (H, padded, padded)
+    dbias = lse.new_empty(launch.grid("dbias")[2], *bias.shape)              # (parts, H, P', P')
     launch("dbias", dbias_kernel, dbias=dbias, **saved)
-    N = bias.shape[1]
-    return dq, dk, dv, dbias[:, :N, :N].to(bias.dtype, copy=True)
+    return dq, dk, dv, dbias.sum(0).to(bias.dtype)                           # (H, P', P')
 
 
 @attention_op.register_fake
@@ -387,4 +393,7 @@ def attention_triton(q, k, v, q_starts, k_starts, bias=None):
     q = q.contiguous()
     k = k.to(q.dtype).contiguous()
     v = v.to(q.dtype).contiguous()
+    if bias is not None:
+        missing = -bias.shape[1] % BIAS_MULTIPLE                             # tiles need no mask
+        bias = F.pad(bias, (0, missing, 0, missing)).contiguous()            # -> (H, P', P')
     return attention_op(q, k, v, q_starts, k_starts, bias)[0]

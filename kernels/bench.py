@@ -138,7 +138,8 @@ def print_cpu(quick: bool):
 
 QUICK = ("attention bf16 d=64 bias", "attention bf16 d=48", "attention fp32 d=80 bias",
          "contrast bf16 E=256")
-SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "gfx942": 64}                # KB a program can have
+# KB a program can have: A100, RTX 40, H100, B200, RTX 50, MI300
+SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 
 
 class PretendGPU:
@@ -229,7 +230,7 @@ def compiled(kernel, arguments, name: str) -> dict:
         registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1])
                                    for key in ("REG", "STACK", "LOCAL"))
         spilled = stack + local
-        tensor = len(re.findall(r"\b[HDIQ]G?MMA\b", code))
+        tensor = len(re.findall(r"\b(?:[HDIQ]G?|UTC[HQ])MMA\b", code))
     return {"registers": registers, "spilled": spilled, "shared": shared, "tensor": tensor}
 
 
