@@ -12,6 +12,8 @@ machine.
   resources   without a GPU: every kernel compiled for GPUs that are not here; registers, spilled
               bytes, shared memory, tensor core instructions. Not a speed, but what makes a kernel
               slow or impossible shows here
+  counts      of attention in a training step of preset base: products that the kernels execute
+              beside those that are needed, and bytes
   gpu         with a GPU: milliseconds beside torch's own functions, and the least time that the GPU
               could need
 
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +38,7 @@ import kernels
 from kernels import interpreting, triton_installed
 from kernels.attention import attention
 from kernels.contrastive import contrastive, contrastive_naive
-from kernels.packed import offsets
+from kernels.packed import gather_sequences, offsets
 from kernels.reference import (ALLOWED, DTYPES, attention_and_reference, contrast_errors,
                                contrast_loss, random_attention, random_contrast, relative)
 
@@ -271,30 +274,143 @@ def print_resources(targets: list, quick: bool) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
+# Counts: attention in one layer of preset base, 128 images and 128 pairs of sentences, 12 heads of 64
+# --------------------------------------------------------------------------------------------------
+
+HEADS = 12
+HEAD = 64
+
+
+class Case(NamedTuple):
+    q_lengths: torch.Tensor              # (B, copies): of the query sequences that read each view
+    k_lengths: Optional[torch.Tensor]    # (B,) of the views; None: query sequences read themselves
+    biased: bool = False
+
+
+def base_cases() -> dict:
+    """Captions have 10 to 18 tokens, sentences 8 to 42. In the fusion encoder every view is read by
+    four: a true pair, one with a wrong a, one with a wrong b, and the masked text."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.full((128,), 197)
+    captions = torch.randint(10, 19, (128, 4), generator=g)
+    sentences = torch.randint(8, 43, (128, 4), generator=g)
+    return {
+        "images, self-attention with BEiT-2's bias": Case(images[:, None], None, True),
+        "512 captions, self-attention": Case(captions.view(-1, 1), None),
+        "512 captions read 128 images": Case(captions, images),
+        "512 sentences read 128 sentences": Case(sentences, sentences[:, 0]),
+    }
+
+
+def executed(q_lengths, k_lengths, biased, tile_sizes) -> int:
+    """FLOPs of the matrix products of forward and backward pass. Every sequence fills whole tiles.
+    tile_sizes(kernel) -> QUERIES, KEYS, ..."""
+    flops = 0
+    # q k^T and p v; in the backward pass each kernel computes q k^T and g v^T again
+    for kernel, products in {"forward": 2, "dq": 3, "dkv": 4, "dbias": 2}.items():
+        queries, keys, *_ = tile_sizes(kernel)
+        rows = -(-q_lengths // queries) * queries                        # (B,) rounded up
+        columns = -(-k_lengths // keys) * keys                           # (B,)
+        if kernel != "dbias" or biased:
+            flops += 2 * HEADS * HEAD * products * int(rows @ columns)
+    return flops
+
+
+def least_bytes(q_lengths, k_lengths) -> int:
+    """Every matrix once per kernel, in 16 bits: forward reads q, k, v and writes out; dq reads q, k,
+    v, out, gradient; dkv reads q, k, v, gradient and writes dk, dv."""
+    return 2 * HEADS * HEAD * 8 * int(q_lengths.sum() + k_lengths.sum())
+
+
+def print_counts():
+    from kernels.attention_triton import BIAS_MULTIPLE, tile_sizes
+
+    def tiles(kernel):
+        if kernel == "dbias":
+            return BIAS_MULTIPLE, BIAS_MULTIPLE                          # the bias is padded to it
+        return tile_sizes(kernel, torch.bfloat16, HEAD)
+    table("attention of preset base, forward + backward, 16 bits. Grouped: queries of one view are "
+          "one sequence, as the model does it. Copied: every query sequence has its own keys. In "
+          "brackets: times what is needed", "case", "GFLOP needed", "grouped", "copied",
+          "MB grouped", "MB copied")
+    for title, case in base_cases().items():
+        k_lengths = case.q_lengths[:, 0] if case.k_lengths is None else case.k_lengths
+        grouped = (case.q_lengths.sum(1), k_lengths)
+        copied = (case.q_lengths.flatten(), k_lengths.repeat_interleave(case.q_lengths.shape[1]))
+        needed = executed(*grouped, case.biased, lambda kernel: (1, 1))
+        cells = [f"{needed / 1e9:.1f}"]
+        for lengths in (grouped, copied):
+            flops = executed(*lengths, case.biased, tiles)
+            cells.append(f"{flops / 1e9:.1f} ({flops / needed:.2f})")
+        table_row(title, *cells, *(f"{least_bytes(*x) / 1e6:.0f}" for x in (grouped, copied)))
+
+
+# --------------------------------------------------------------------------------------------------
 # GPU: milliseconds (nobody has run this yet)
 # --------------------------------------------------------------------------------------------------
 
 # bf16 FLOP/s and bytes/s of the data sheets
 PEAK = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
-LENGTHS = {
-    "256 images of 197 tokens": (torch.full((256,), 197),) * 2,
-    "1024 sentences of 4 to 60": (torch.arange(1024) % 57 + 4,) * 2,
-    "256 groups of 4 captions that read 256 images": (torch.full((256,), 4 * 14),
-                                                     torch.full((256,), 197)),
-}
+
+
+def ways(case, device, dtype) -> dict:
+    """{name: (a function without arguments -> attention's output, its inputs)}: ours and torch's.
+    All get the same numbers; padded SDPA gets them padded already."""
+    from torch.nn.attention.varlen import varlen_attn
+    lengths = case.q_lengths.flatten()                                   # (Q,) of query sequences
+    k_lengths = lengths if case.k_lengths is None else case.k_lengths    # (B,)
+    view = torch.arange(len(k_lengths)).repeat_interleave(case.q_lengths.shape[1])       # (Q,)
+    starts = offsets(lengths).to(device)
+    groups = offsets(case.q_lengths.sum(1)).to(device)
+    k_starts = offsets(k_lengths).to(device)
+    rows, copied_starts = gather_sequences(k_starts, view.to(device))    # rows of k, repeated
+    Q, G, K = int(lengths.max()), int(case.q_lengths.sum(1).max()), int(k_lengths.max())
+
+    def random(*shape):
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    q = random(int(lengths.sum()), HEADS, HEAD)
+    k = random(int(k_lengths.sum()), HEADS, HEAD)
+    v = random(*k.shape)
+    bias = random(HEADS, K, K) if case.biased else None
+
+    def padded(x, lengths):
+        real = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)          # (Q, L)
+        y = x.new_zeros(*real.shape, HEADS, HEAD)
+        y[real] = x.detach()
+        return y.transpose(1, 2).contiguous().requires_grad_(), real     # (Q, H, L, d)
+    q_padded, _ = padded(q, lengths)
+    k_padded, real = padded(k[rows], k_lengths[view])
+    v_padded, _ = padded(v[rows], k_lengths[view])
+    mask = bias
+    if not real.all():                                # with a mask SDPA may not take flash attention
+        mask = real[:, None, None]                                       # (Q, 1, 1, K)
+    found = {
+        "ours": (lambda: attention(q, k, v, groups, k_starts, bias), (q, k, v)),
+        "padded SDPA": (lambda: F.scaled_dot_product_attention(q_padded, k_padded, v_padded, mask),
+                        (q_padded, k_padded, v_padded)),
+    }
+    if bias is None:
+        found["varlen_attn"] = (lambda: varlen_attn(q, k, v, groups, k_starts, G, K), (q, k, v))
+        found["varlen_attn, keys copied"] = (
+            lambda: varlen_attn(q, k[rows], v[rows], starts, copied_starts, Q, K), (q, k, v))
+    return found
 
 
 def milliseconds(run) -> str:
-    """Median of 20, after 5 to warm up; each is ten calls, so that a launch is not what counts."""
-    times = []
-    for _ in range(25):
+    """Median of 20, after 5 to warm up. Each is ten calls between two events, so that a launch is
+    not what counts. Before every call the L2 cache is flushed; the flushes alone are subtracted."""
+    cache = torch.empty(2 ** 28, dtype=torch.uint8, device="cuda")       # larger than any L2 cache
+
+    def ten(call):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(10):
-            run()
+            cache.zero_()
+            call()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 10)
+        return start.elapsed_time(end) / 10
+    times = [ten(run) - ten(lambda: None) for _ in range(25)]
     return f"{statistics.median(times[5:]):.3f}"
 
 
@@ -306,36 +422,15 @@ def least_time(flops: float, size: float) -> str:
     return "unknown GPU"
 
 
-def random_matrices(*shapes):
-    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            for shape in shapes]
-
-
 def print_gpu():
-    table("attention, bf16, forward + backward, ms (12 heads of 64). GFLOP counts what the kernels "
-          "compute: 2 products forward, 7 backward; MB counts every matrix once per kernel.",
-          "sequences", "kernel", "SDPA, padded", "varlen_attn", "GFLOP", "MB", "least")
-    for title, (q_lengths, k_lengths) in LENGTHS.items():
-        T, S, B = int(q_lengths.sum()), int(k_lengths.sum()), len(q_lengths)
-        Q, K = int(q_lengths.max()), int(k_lengths.max())
-        starts = [offsets(x).cuda() for x in (q_lengths, k_lengths)]
-        packed = random_matrices((T, 12, 64), (S, 12, 64), (S, 12, 64))
-        padded = random_matrices((B, 12, Q, 64), (B, 12, K, 64), (B, 12, K, 64))
-        mask = None                                  # with a mask SDPA may not take flash attention
-        if (k_lengths != K).any():
-            mask = (torch.arange(K) < k_lengths[:, None])[:, None, None].cuda()
-
-        def varlen():
-            from torch.nn.attention.varlen import varlen_attn
-            return varlen_attn(*packed, *starts, Q, K)
-        candidates = [(lambda: attention(*packed, *starts), packed), (varlen, packed),
-                      (lambda: F.scaled_dot_product_attention(*padded, mask), padded)]
-        times = [milliseconds(lambda: torch.autograd.grad(run().sum(), inputs))
-                 for run, inputs in candidates]
-        flops = 9 * 2 * 12 * 64 * (q_lengths.double() @ k_lengths.double()).item()
-        size = 2 * 12 * 64 * (7 * T + 9 * S)         # bytes of 4 + 6 + 6 matrices
-        table_row(title, times[0], times[2], times[1], f"{flops / 1e9:.1f}", f"{size / 1e6:.0f}",
-                  least_time(flops, size))
+    names = ["ours", "varlen_attn", "varlen_attn, keys copied", "padded SDPA"]
+    table("attention, bf16, forward + backward, ms", "case", *names)
+    for title, case in base_cases().items():
+        times = {}
+        for name, (run, inputs) in ways(case, "cuda", torch.bfloat16).items():
+            g = torch.randn_like(run())
+            times[name] = milliseconds(lambda: torch.autograd.grad(run(), inputs, g))
+        table_row(title, *(times.get(name, "") for name in names))
     table("contrast, bf16, E = 256, forward + backward, ms", "N", "kernel", "naive", "GFLOP", "MB",
           "least")
     for N in (1024, 8192, 32768):
@@ -355,8 +450,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small cases only")
-    parser.add_argument("--only", choices=["errors", "cpu", "resources", "gpu"], help="one part")
-    parser.add_argument("--targets", default="sm_80,sm_90",
+    parser.add_argument("--only", choices=["errors", "cpu", "resources", "counts", "gpu"], help="one part")
+    parser.add_argument("--targets", default="sm_80,sm_89,sm_90,sm_100,sm_120",
                         help="GPUs to compile for (default: %(default)s)")
     parser.add_argument("--child", nargs=2, metavar=("KIND", "N"),
                         help="one timed run of the cpu part, as JSON")
@@ -389,6 +484,8 @@ def main():
             bad += print_resources(targets, args.quick)
         else:
             print("\nresources: triton is not installed (pip install triton)")
+    if args.only in (None, "counts") and triton_installed() and not interpreting():
+        print_counts()
     if args.only == "gpu" and not cuda:
         print("\ngpu: there is none")
     elif args.only == "gpu" or args.only is None and cuda:
