@@ -98,8 +98,8 @@ def scores(a, b, bias, h, i, j, bias_row, c: tl.constexpr):
 # --------------------------------------------------------------------------------------------------
 
 @triton.jit(do_not_specialize=["B", "T"])
-def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_row,
-                   c: tl.constexpr):
+def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, q_row, k_row, v_row, row,
+                   bias_row, c: tl.constexpr):
     sequence, first_row, q_first, q_end = find_block(q_starts, B, c.QUERIES)
     if first_row >= q_end:                                                   # a spare program
         return
@@ -108,7 +108,7 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_
     real = rows < q_end
     k_first = tl.load(k_starts + sequence)
     k_end = tl.load(k_starts + sequence + 1)
-    queries = load(q, h, rows, real, row, c)
+    queries = load(q, h, rows, real, q_row, c)
 
     top = tl.full([c.QUERIES], float("-inf"), c.SUM)
     total = tl.zeros([c.QUERIES], c.SUM)
@@ -116,7 +116,7 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_
     for first in range(k_first, k_end, c.KEYS):
         columns = first + tl.arange(0, c.KEYS)
         valid = columns < k_end
-        keys = load(k, h, columns, valid, row, c)
+        keys = load(k, h, columns, valid, k_row, c)
         s = scores(queries, keys, bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
                    bias_row, c)
         s = tl.where(valid[None, :], s, float("-inf"))
@@ -125,7 +125,7 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        values = load(v, h, columns, valid, row, c)
+        values = load(v, h, columns, valid, v_row, c)
         mean = dot(narrow(p, c), values, mean * shrink[:, None], c)
         top = new_top
 
@@ -142,8 +142,8 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_
 # --------------------------------------------------------------------------------------------------
 
 @triton.jit(do_not_specialize=["B", "T"])
-def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, B, T, row, bias_row,
-              c: tl.constexpr):
+def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, B, T, q_row, k_row,
+              v_row, row, bias_row, c: tl.constexpr):
     sequence, first_row, q_first, q_end = find_block(q_starts, B, c.QUERIES)
     if first_row >= q_end:
         return
@@ -152,7 +152,7 @@ def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, 
     real = rows < q_end
     k_first = tl.load(k_starts + sequence)
     k_end = tl.load(k_starts + sequence + 1)
-    queries = load(q, h, rows, real, row, c)
+    queries = load(q, h, rows, real, q_row, c)
     g = load(gradient, h, rows, real, row, c)
     own_out = load(out, h, rows, real, row, c).to(c.SUM)
     own_delta = tl.sum(own_out * g.to(c.SUM), 1)
@@ -162,8 +162,8 @@ def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, 
     for first in range(k_first, k_end, c.KEYS):
         columns = first + tl.arange(0, c.KEYS)
         valid = columns < k_end
-        keys = load(k, h, columns, valid, row, c)
-        values = load(v, h, columns, valid, row, c)
+        keys = load(k, h, columns, valid, k_row, c)
+        values = load(v, h, columns, valid, v_row, c)
         s = scores(queries, keys, bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
                    bias_row, c)
         p = tl.where(valid[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
@@ -179,8 +179,8 @@ def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, 
 
 
 @triton.jit(do_not_specialize=["B", "T"])
-def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, B, T, row, bias_row,
-               c: tl.constexpr):
+def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, B, T, q_row,
+               k_row, v_row, row, bias_row, c: tl.constexpr):
     """One block of keys and values stays in registers; the queries of its sequence pass by."""
     sequence, first_row, k_first, k_end = find_block(k_starts, B, c.KEYS)
     if first_row >= k_end:
@@ -190,8 +190,8 @@ def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, 
     real = rows < k_end
     q_first = tl.load(q_starts + sequence)
     q_end = tl.load(q_starts + sequence + 1)
-    keys = load(k, h, rows, real, row, c)
-    values = load(v, h, rows, real, row, c)
+    keys = load(k, h, rows, real, k_row, c)
+    values = load(v, h, rows, real, v_row, c)
 
     key_total = tl.zeros([c.KEYS, c.WIDTH], c.SUM)
     value_total = tl.zeros([c.KEYS, c.WIDTH], c.SUM)
@@ -199,7 +199,7 @@ def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, 
         # Everything is transposed here: rows of a tile are keys, columns are queries.
         columns = first + tl.arange(0, c.QUERIES)
         valid = columns < q_end
-        queries = load(q, h, columns, valid, row, c)
+        queries = load(q, h, columns, valid, q_row, c)
         g = load(gradient, h, columns, valid, row, c)
         s = scores(keys, queries, bias, h, (columns - q_first)[None, :], (rows - k_first)[:, None],
                    bias_row, c)
@@ -218,8 +218,8 @@ def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, 
 
 
 @triton.jit(do_not_specialize=["B", "T"])
-def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias, B, T, row,
-                 bias_row, c: tl.constexpr):
+def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias, B, T, q_row,
+                 k_row, v_row, row, bias_row, c: tl.constexpr):
     """One program per tile of one head's bias and per part of the B sequences: the sum of ds over
     this part, in the order of its sequences. The parts are added afterwards: an image encoder has
     few tiles, and without parts most of the GPU would wait."""
@@ -237,13 +237,13 @@ def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias,
         end = tl.load(q_starts + sequence + 1)
         rows = first + i
         columns = first + j
-        queries = load(q, h, rows, rows < end, row, c)
-        keys = load(k, h, columns, columns < end, row, c)
+        queries = load(q, h, rows, rows < end, q_row, c)
+        keys = load(k, h, columns, columns < end, k_row, c)
         s = dot(queries, keys.T, None, c) * c.SCALE + b
         own_lse = tl.load(lse + h * T + rows, mask=rows < end, other=float("inf"))
         p = tl.where((columns < end)[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
         g = load(gradient, h, rows, rows < end, row, c)
-        values = load(v, h, columns, columns < end, row, c)
+        values = load(v, h, columns, columns < end, v_row, c)
         own_delta = tl.load(delta + h * T + rows, mask=rows < end, other=0.0)
         total += p * (dot(g, values.T, None, c) - own_delta[:, None])
     tl.store(dbias + part * (row // c.HEAD) * bias_row * bias_row + where, total)
@@ -303,8 +303,9 @@ class Launch:
         self.B = len(q_starts) - 1
         self.biased = bias is not None
         self.bias_row = bias.shape[1] if self.biased else 0
-        self.matrices = {"q": q, "k": k, "v": v, "q_starts": q_starts, "k_starts": k_starts,
-                         "bias": bias if self.biased else q}                 # q: not read
+        self.inputs = {"q": q, "k": k, "v": v, "q_starts": q_starts, "k_starts": k_starts,
+                       "bias": bias if self.biased else q,                   # q: not read
+                       "q_row": q.stride(0), "k_row": k.stride(0), "v_row": v.stride(0)}
 
     def grid(self, name):
         """How many programs a kernel has: (blocks, heads), of dbias also parts."""
@@ -322,7 +323,7 @@ class Launch:
         c = Constants(**computing_types(self.dtype), HEAD=self.d, WIDTH=power_of_two(self.d),
                       SCALE=math.log2(math.e) / math.sqrt(self.d), BIAS=self.biased,
                       QUERIES=queries, KEYS=keys)
-        kernel[self.grid(name)](**self.matrices, **others, B=self.B, T=self.T, row=self.H * self.d,
+        kernel[self.grid(name)](**self.inputs, **others, B=self.B, T=self.T, row=self.H * self.d,
                                 bias_row=self.bias_row, c=c, num_warps=warps, num_stages=stages,
                                 enable_fp_fusion=True)
 
@@ -374,9 +375,12 @@ def _(gradient, q, k, v, q_starts, k_starts, bias, out, lse):
 
 def save(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)            # no zeros for lse, which has no gradient
 
 
 def backward(ctx, gradient, _):
+    if gradient is None:
+        return (None,) * 6
     saved = ctx.saved_tensors                   # once: checkpointing unpacks each tensor only once
     dq, dk, dv, dbias = attention_backward_op(gradient, *saved)
     bias = saved[5]
@@ -386,13 +390,17 @@ def backward(ctx, gradient, _):
 attention_op.register_autograd(backward, setup_context=save)
 
 
+def closed_rows(x):
+    """x (T, H, d) such that the H * d numbers of a row have no gap; rows may lie apart, as they do
+    where q, k and v come from one product."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
 def attention_triton(q, k, v, q_starts, k_starts, bias=None):
     """The contract of kernels.attention, by the kernels. d: a multiple of 16, at most 128."""
     if len(q) == 0 or len(k) == 0:
         return q * 0 + (k.sum() + v.sum()) * 0
-    q = q.contiguous()
-    k = k.to(q.dtype).contiguous()
-    v = v.to(q.dtype).contiguous()
+    q, k, v = (closed_rows(x.to(q.dtype)) for x in (q, k, v))
     if bias is not None:
         missing = -bias.shape[1] % BIAS_MULTIPLE                             # tiles need no mask
         bias = F.pad(bias, (0, missing, 0, missing)).contiguous()            # -> (H, P', P')
