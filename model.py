@@ -202,7 +202,7 @@ class Attention(nn.Module):
             k, v = self.project(y, self.k, self.v)                       # (S, D) -> (S, H, D/H)
         bias = None
         if hasattr(self, "relative_position_bias"):
-            bias = self.relative_position_bias[self.relative_index]      # (P, P, H)
+            bias = F.embedding(self.relative_index, self.relative_position_bias)   # (P, P, H)
             bias = bias.permute(2, 0, 1)                                 # (H, P, P)
         out = attention(q, k, v, x_starts, y_starts, bias)               # (T, H, D/H)
         return self.out(out.flatten(1))                                  # (T, D)
@@ -273,8 +273,8 @@ def run(layer, *inputs):
 def drop_path(x, images, rate):
     """Stochastic depth (arXiv 1603.09382): x (images * P, D), a residual branch, is 0 for a whole
     image with probability `rate`. The others grow by 1 / (1 - rate), so that the mean stays."""
-    kept = torch.rand(images, 1, 1, device=x.device) >= rate
-    x = x.view(images, -1, x.shape[-1]) * (kept / (1 - rate)).to(x.dtype)          # (images, P, D)
+    scale = F.dropout(x.new_ones(images, 1, 1), rate)                    # 0 or 1 / (1 - rate)
+    x = x.view(images, -1, x.shape[-1]) * scale                          # (images, P, D)
     return x.flatten(0, 1)                                               # (images * P, D)
 
 
