@@ -253,34 +253,15 @@ def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias,
 # Launching
 # --------------------------------------------------------------------------------------------------
 
-# (16-bit, wider than 64): {kernel: (QUERIES, KEYS, warps, stages)}. None spills on an NVIDIA GPU:
-# `python -m kernels.bench` compiles every entry. Sentences are short: a block of 128 queries,
-# faster on long sequences, would be nine tenths empty here.
+# (QUERIES, KEYS, warps, stages). None spills on an NVIDIA GPU: `python -m kernels.bench` compiles
+# every entry. Sentences are short: a block of 128 queries, faster on long sequences, would be nine
+# tenths empty here.
 TILES = {
-    (True, False): {
-        "forward": (64, 64, 4, 3),
-        "dq": (64, 64, 4, 2),
-        "dkv": (16, 64, 4, 3),
-        "dbias": (64, 32, 4, 2),
-    },
-    (True, True): {
-        "forward": (64, 32, 4, 2),
-        "dq": (64, 32, 4, 2),
-        "dkv": (16, 64, 4, 2),
-        "dbias": (64, 32, 4, 2),
-    },
-    (False, False): {
-        "forward": (16, 32, 4, 2),
-        "dq": (16, 32, 4, 1),
-        "dkv": (16, 32, 4, 2),
-        "dbias": (16, 32, 4, 2),
-    },
-    (False, True): {
-        "forward": (16, 16, 4, 1),
-        "dq": (16, 32, 8, 2),
-        "dkv": (16, 16, 4, 2),
-        "dbias": (16, 32, 8, 1),
-    },
+    # 16 bits: d <= 64            d > 64           float32: d <= 64  d > 64
+    "forward": ((64, 64, 4, 3), (64, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
+    "dq":      ((64, 64, 4, 2), (64, 32, 4, 2), (16, 32, 4, 1), (16, 32, 8, 2)),
+    "dkv":     ((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+    "dbias":   ((64, 32, 4, 2), (64, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 1)),
 }
 BIAS_MULTIPLE = 128                 # a bias is padded to a multiple of every tile
 PROGRAMS = 1024                     # of dbias: enough for every multiprocessor, few parts to add
@@ -290,7 +271,7 @@ def tile_sizes(kernel: str, dtype, d: int):
     """-> QUERIES, KEYS, warps, stages"""
     if interpreting():
         return 128, 128, 4, 1                                                # fewest NumPy calls
-    return TILES[dtype.itemsize == 2, d > 64][kernel]
+    return TILES[kernel][2 * (dtype.itemsize > 2) + (d > 64)]
 
 
 class Launch:

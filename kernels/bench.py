@@ -12,10 +12,8 @@ machine.
   resources   without a GPU: every kernel compiled for GPUs that are not here; registers, spilled
               bytes, shared memory, tensor core instructions. Not a speed, but what makes a kernel
               slow or impossible shows here
-  counts      of attention in a training step of preset base: products that the kernels execute
-              beside those that are needed, and bytes
-  gpu         with a GPU: milliseconds beside torch's own functions, and the least time that the GPU
-              could need
+  gpu         attention of preset base by our kernels and by torch's functions: products executed,
+              bytes moved (counted, not measured); with a GPU milliseconds, of contrast too
 
 Letters as in the kernel files: B, N, T, H, d, E.
 """
@@ -29,10 +27,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import kernels
 from kernels import interpreting, triton_installed
@@ -274,126 +272,105 @@ def print_resources(targets: list, quick: bool) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Counts: attention in one layer of preset base, 128 images and 128 pairs of sentences, 12 heads of 64
+# Attention in one layer of preset base, 128 images and 128 pairs of sentences per GPU, four ways
 # --------------------------------------------------------------------------------------------------
 
 HEADS = 12
 HEAD = 64
-
-
-class Case(NamedTuple):
-    q_lengths: torch.Tensor              # (B, copies): of the query sequences that read each view
-    k_lengths: Optional[torch.Tensor]    # (B,) of the views; None: query sequences read themselves
-    biased: bool = False
+# Forward q k^T and p v; each of our backward kernels computes q k^T and g v^T again.
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
+# flash-attention's two kernels at this HEAD: products, and its tile
+FLASH = {"forward": (2, 128, 128), "backward": (5, 128, 128)}
 
 
 def base_cases() -> dict:
-    """Captions have 10 to 18 tokens, sentences 8 to 42. In the fusion encoder every view is read by
-    four: a true pair, one with a wrong a, one with a wrong b, and the masked text."""
+    """{case: (lengths (B, copies) of the query sequences that read each view, lengths (B,) of the
+    views, is there a bias?)}. Captions have 10 to 18 tokens, sentences 8 to 42. In the fusion
+    encoder every view is read by four: a true pair, one with a wrong a, one with a wrong b, and the
+    masked text."""
     g = torch.Generator().manual_seed(0)
     images = torch.full((128,), 197)
     captions = torch.randint(10, 19, (128, 4), generator=g)
     sentences = torch.randint(8, 43, (128, 4), generator=g)
     return {
-        "images, self-attention with BEiT-2's bias": Case(images[:, None], None, True),
-        "512 captions, self-attention": Case(captions.view(-1, 1), None),
-        "512 captions read 128 images": Case(captions, images),
-        "512 sentences read 128 sentences": Case(sentences, sentences[:, 0]),
+        "128 images, biased": (images[:, None], images, True),
+        "512 captions": (captions.view(-1, 1), captions.flatten(), False),
+        "512 captions read 128 images": (captions, images, False),
+        "512 sentences read 128 sentences": (sentences, sentences[:, 0], False),
     }
 
 
-def executed(q_lengths, k_lengths, biased, tile_sizes) -> int:
-    """FLOPs of the matrix products of forward and backward pass. Every sequence fills whole tiles.
-    tile_sizes(kernel) -> QUERIES, KEYS, ..."""
-    flops = 0
-    # q k^T and p v; in the backward pass each kernel computes q k^T and g v^T again
-    for kernel, products in {"forward": 2, "dq": 3, "dkv": 4, "dbias": 2}.items():
-        queries, keys, *_ = tile_sizes(kernel)
-        rows = -(-q_lengths // queries) * queries                        # (B,) rounded up
-        columns = -(-k_lengths // keys) * keys                           # (B,)
-        if kernel != "dbias" or biased:
-            flops += 2 * HEADS * HEAD * products * int(rows @ columns)
-    return flops
+def work(q_lengths, k_lengths, biased) -> dict:
+    """{way: (FLOPs of all products, those of real rows alone, bytes)}, forward + backward.
 
-
-def least_bytes(q_lengths, k_lengths) -> int:
-    """Every matrix once per kernel, in 16 bits: forward reads q, k, v and writes out; dq reads q, k,
-    v, out, gradient; dkv reads q, k, v, gradient and writes dk, dv."""
-    return 2 * HEADS * HEAD * 8 * int(q_lengths.sum() + k_lengths.sum())
-
-
-def print_counts():
+    bytes: every matrix once per kernel that reads or writes it, 16 bits a number. Ours: 8 of q's
+    size (forward: q, out; dq: q, out, gradient, dq; dkv: q, gradient) and 8 of k's. flash: 15
+    (forward 2, delta 2, backward 2; dq in float32: set to 0, added to, rounded) and 6."""
     from kernels.attention_triton import BIAS_MULTIPLE, tile_sizes
+    copies = q_lengths.shape[1]
+    grouped = (q_lengths.sum(1), k_lengths)
+    copied = (q_lengths.flatten(), k_lengths.repeat_interleave(copies))
+    padded = [torch.full_like(lengths, lengths.max()) for lengths in copied]
+    ours = {name: (products, *tile_sizes(name, torch.bfloat16, HEAD)[:2])
+            for name, products in PRODUCTS.items()}
+    if biased:
+        ways = {"ours": (grouped, ours | {"dbias": (2, BIAS_MULTIPLE, BIAS_MULTIPLE)}, 8, 8)}
+    else:
+        ways = {"ours": (grouped, ours, 8, 8), "varlen_attn": (grouped, FLASH, 15, 6)}
+    if copies > 1:
+        ways["varlen_attn, keys copied"] = (copied, FLASH, 15, 6)
+    ways["padded SDPA"] = (padded, FLASH, 15, 6)
+    found = {}
+    for name, ((q, k), executed, q_times, k_times) in ways.items():
+        flops = needed = 0
+        for products, queries, keys in executed.values():
+            product = 2 * HEADS * HEAD * products                        # FLOPs of two rows
+            rows = -(-q // queries) * queries                            # (B,) whole tiles
+            columns = -(-k // keys) * keys                               # (B,)
+            flops += product * int(rows @ columns)
+            needed += product * int(copied[0] @ copied[1])
+        moved = q_times * int(q.sum()) + k_times * int(k.sum())          # rows
+        if name == "varlen_attn, keys copied":                           # and gradients added
+            moved += 4 * int(k.sum() + k_lengths.sum())
+        found[name] = flops, needed, 2 * HEADS * HEAD * moved
+    return found
 
-    def tiles(kernel):
-        if kernel == "dbias":
-            return BIAS_MULTIPLE, BIAS_MULTIPLE                          # the bias is padded to it
-        return tile_sizes(kernel, torch.bfloat16, HEAD)
-    table("attention of preset base, forward + backward, 16 bits. Grouped: queries of one view are "
-          "one sequence, as the model does it. Copied: every query sequence has its own keys. In "
-          "brackets: times what is needed", "case", "GFLOP needed", "grouped", "copied",
-          "MB grouped", "MB copied")
-    for title, case in base_cases().items():
-        k_lengths = case.q_lengths[:, 0] if case.k_lengths is None else case.k_lengths
-        grouped = (case.q_lengths.sum(1), k_lengths)
-        copied = (case.q_lengths.flatten(), k_lengths.repeat_interleave(case.q_lengths.shape[1]))
-        needed = executed(*grouped, case.biased, lambda kernel: (1, 1))
-        cells = [f"{needed / 1e9:.1f}"]
-        for lengths in (grouped, copied):
-            flops = executed(*lengths, case.biased, tiles)
-            cells.append(f"{flops / 1e9:.1f} ({flops / needed:.2f})")
-        table_row(title, *cells, *(f"{least_bytes(*x) / 1e6:.0f}" for x in (grouped, copied)))
 
-
-# --------------------------------------------------------------------------------------------------
-# GPU: milliseconds (nobody has run this yet)
-# --------------------------------------------------------------------------------------------------
-
-# bf16 FLOP/s and bytes/s of the data sheets
-PEAK = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
-
-
-def ways(case, device, dtype) -> dict:
-    """{name: (a function without arguments -> attention's output, its inputs)}: ours and torch's.
-    All get the same numbers; padded SDPA gets them padded already."""
+def ways(q_lengths, k_lengths, biased, device, dtype) -> dict:
+    """{way: (a function without arguments -> attention's output, its inputs)}. All get the same
+    numbers; padded SDPA gets them copied and padded already. varlen_attn takes no bias."""
     from torch.nn.attention.varlen import varlen_attn
-    lengths = case.q_lengths.flatten()                                   # (Q,) of query sequences
-    k_lengths = lengths if case.k_lengths is None else case.k_lengths    # (B,)
-    view = torch.arange(len(k_lengths)).repeat_interleave(case.q_lengths.shape[1])       # (Q,)
+    lengths = q_lengths.flatten()                                   # (Q,) of query sequences
+    groups = q_lengths.sum(1)                                       # (B,)
+    view = torch.arange(len(groups)).repeat_interleave(q_lengths.shape[1])          # (Q,)
     starts = offsets(lengths).to(device)
-    groups = offsets(case.q_lengths.sum(1)).to(device)
+    group_starts = offsets(groups).to(device)
     k_starts = offsets(k_lengths).to(device)
     rows, copied_starts = gather_sequences(k_starts, view.to(device))    # rows of k, repeated
-    Q, G, K = int(lengths.max()), int(case.q_lengths.sum(1).max()), int(k_lengths.max())
+    longest, longest_group, K = (int(x.max()) for x in (lengths, groups, k_lengths))
 
     def random(*shape):
         return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    def padded(x, lengths):
+        x = pad_sequence(x.detach().split(lengths.tolist()), batch_first=True)
+        return x.transpose(1, 2).contiguous().requires_grad_()           # (Q, H, L, d)
     q = random(int(lengths.sum()), HEADS, HEAD)
     k = random(int(k_lengths.sum()), HEADS, HEAD)
     v = random(*k.shape)
-    bias = random(HEADS, K, K) if case.biased else None
-
-    def padded(x, lengths):
-        real = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)          # (Q, L)
-        y = x.new_zeros(*real.shape, HEADS, HEAD)
-        y[real] = x.detach()
-        return y.transpose(1, 2).contiguous().requires_grad_(), real     # (Q, H, L, d)
-    q_padded, _ = padded(q, lengths)
-    k_padded, real = padded(k[rows], k_lengths[view])
-    v_padded, _ = padded(v[rows], k_lengths[view])
-    mask = bias
-    if not real.all():                                # with a mask SDPA may not take flash attention
-        mask = real[:, None, None]                                       # (Q, 1, 1, K)
-    found = {
-        "ours": (lambda: attention(q, k, v, groups, k_starts, bias), (q, k, v)),
-        "padded SDPA": (lambda: F.scaled_dot_product_attention(q_padded, k_padded, v_padded, mask),
-                        (q_padded, k_padded, v_padded)),
+    many = [padded(q, lengths), *(padded(x[rows], k_lengths[view]) for x in (k, v))]
+    mask = bias = random(HEADS, K, K) if biased else None
+    if k_lengths.min() < K:                 # with a mask SDPA may not take flash-attention
+        real = torch.arange(K) < k_lengths[view, None]              # (Q, K)
+        mask = real[:, None, None].to(device)                            # (Q, 1, 1, K)
+    return {
+        "ours": (lambda: attention(q, k, v, group_starts, k_starts, bias), (q, k, v)),
+        "varlen_attn": (lambda: varlen_attn(q, k, v, group_starts, k_starts, longest_group, K),
+                        (q, k, v)),
+        "varlen_attn, keys copied": (
+            lambda: varlen_attn(q, k[rows], v[rows], starts, copied_starts, longest, K), (q, k, v)),
+        "padded SDPA": (lambda: F.scaled_dot_product_attention(*many, mask), many),
     }
-    if bias is None:
-        found["varlen_attn"] = (lambda: varlen_attn(q, k, v, groups, k_starts, G, K), (q, k, v))
-        found["varlen_attn, keys copied"] = (
-            lambda: varlen_attn(q, k[rows], v[rows], starts, copied_starts, Q, K), (q, k, v))
-    return found
 
 
 def milliseconds(run) -> str:
@@ -414,32 +391,28 @@ def milliseconds(run) -> str:
     return f"{statistics.median(times[5:]):.3f}"
 
 
-def least_time(flops: float, size: float) -> str:
-    """The least time, in ms, in which this GPU could do these FLOPs or move these bytes."""
-    for name, (speed, bandwidth) in PEAK.items():
-        if name in torch.cuda.get_device_name():
-            return f"{1e3 * max(flops / speed, size / bandwidth):.3f}"
-    return "unknown GPU"
-
-
-def print_gpu():
-    names = ["ours", "varlen_attn", "varlen_attn, keys copied", "padded SDPA"]
-    table("attention, bf16, forward + backward, ms", "case", *names)
+def print_attention(cuda: bool):
+    table("attention in a layer of preset base, bf16, forward + backward. In brackets: times the "
+          "products of real rows", "case", "way", "GFLOP executed", "MB", "ms")
     for title, case in base_cases().items():
-        times = {}
-        for name, (run, inputs) in ways(case, "cuda", torch.bfloat16).items():
-            g = torch.randn_like(run())
-            times[name] = milliseconds(lambda: torch.autograd.grad(run(), inputs, g))
-        table_row(title, *(times.get(name, "") for name in names))
-    table("contrast, bf16, E = 256, forward + backward, ms", "N", "kernel", "naive", "GFLOP", "MB",
-          "least")
+        calls = ways(*case, "cuda", torch.bfloat16) if cuda else {}
+        for name, (flops, needed, size) in work(*case).items():
+            cells = [f"{flops / 1e9:.1f} ({flops / needed:.2f})", f"{size / 1e6:.0f}", ""]
+            if cuda:
+                run, inputs = calls[name]
+                g = torch.randn_like(run())
+                cells[-1] = milliseconds(lambda: torch.autograd.grad(run(), inputs, g))
+            table_row(title, name, *cells)
+
+
+def print_contrast():
+    table("contrast, bf16, E = 256, forward + backward, ms", "N", "kernel", "naive", "GFLOP", "MB")
     for N in (1024, 8192, 32768):
         case = random_contrast(0, (N, N, 0), 0.07, torch.bfloat16, "cuda", E=256)
         times = [milliseconds(lambda: torch.autograd.grad(contrast_loss(*run(*case)), case[:3]))
                  for run in (contrastive, contrastive_naive)]
-        flops = 10 * N * N * 256                     # 5 products of 2 N^2 E
-        size = 8 * 2 * N * 256
-        table_row(N, *times, f"{flops / 1e9:.1f}", f"{size / 1e6:.0f}", least_time(flops, size))
+        # 5 products of 2 N^2 E; 8 matrices of 16 bits
+        table_row(N, *times, f"{10 * N * N * 256 / 1e9:.1f}", f"{16 * N * 256 / 1e6:.0f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -450,7 +423,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small cases only")
-    parser.add_argument("--only", choices=["errors", "cpu", "resources", "counts", "gpu"], help="one part")
+    parser.add_argument("--only", choices=["errors", "cpu", "resources", "gpu"], help="one part")
     parser.add_argument("--targets", default="sm_80,sm_89,sm_90,sm_100,sm_120",
                         help="GPUs to compile for (default: %(default)s)")
     parser.add_argument("--child", nargs=2, metavar=("KIND", "N"),
@@ -484,12 +457,10 @@ def main():
             bad += print_resources(targets, args.quick)
         else:
             print("\nresources: triton is not installed (pip install triton)")
-    if args.only in (None, "counts") and triton_installed() and not interpreting():
-        print_counts()
-    if args.only == "gpu" and not cuda:
-        print("\ngpu: there is none")
-    elif args.only == "gpu" or args.only is None and cuda:
-        print_gpu()
+    if args.only in (None, "gpu") and triton_installed() and not interpreting():
+        print_attention(cuda)
+        if cuda:
+            print_contrast()
     return 1 if bad else 0
 
 
