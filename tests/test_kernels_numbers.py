@@ -151,8 +151,8 @@ def test_rows_that_lie_apart_give_the_same_bits():
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes a host wait for a GPU's numbers: {(function of ours, operation): times}. On a CPU no host waits,
-    but the operations are the same. What custom operators do inside is theirs: they only launch."""
+    """Counts what makes a host wait for a GPU's numbers: {(function of ours, operation): times}. On a CPU nobody waits,
+    but the operations are the same. Inside custom operators nothing is counted: they only launch."""
     SIZES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "is_nonzero",
              "_local_scalar_dense")                                                  # the last one is .item()
 
@@ -178,8 +178,8 @@ class Reads(TorchDispatchMode):
 
 def test_a_training_step_reads_three_things_from_the_device(tmp_path, monkeypatch):
     """How many tokens the drawn texts have, once a stream, and the sums of train_step: for log and verdict."""
-    words = ("--batch 4 --text_batch 4 --width 32 --vision_mlp 32 --text_mlp 32 --fusion_mlp 32 --vision beit2 --no-stem "
-             "--image_size 32 --vision_layers 2 --drop_path 0.5 --dropout 0.1 --vision_heads 1 --text_heads 1 "
+    words = ("--batch 4 --text_batch 4 --width 32 --vision_mlp 32 --text_mlp 32 --fusion_mlp 32 --vision beit2 "
+             "--no-stem --image_size 32 --vision_layers 2 --drop_path 0.5 --dropout 0.1 --vision_heads 1 --text_heads 1 "
              "--fusion_heads 1 --workers 0 --steps 2 --out").split()
     run = train.prepare(train.settings([*words, str(tmp_path)]), torch.device(DEVICE))
     *batch, stats = run.batches[0]
