@@ -98,7 +98,7 @@ def scores(a, b, bias, h, i, j, bias_row, c: tl.constexpr):
 # --------------------------------------------------------------------------------------------------
 
 @triton.jit(do_not_specialize=["B", "T"])
-def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, q_row, k_row, v_row, row,
+def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, q_row, k_row, row,
                    bias_row, c: tl.constexpr):
     sequence, first_row, q_first, q_end = find_block(q_starts, B, c.QUERIES)
     if first_row >= q_end:                                                   # a spare program
@@ -125,7 +125,7 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, q_row, k_r
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        values = load(v, h, columns, valid, v_row, c)
+        values = load(v, h, columns, valid, k_row, c)
         mean = dot(narrow(p, c), values, mean * shrink[:, None], c)
         top = new_top
 
@@ -143,7 +143,7 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, q_row, k_r
 
 @triton.jit(do_not_specialize=["B", "T"])
 def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, B, T, q_row, k_row,
-              v_row, row, bias_row, c: tl.constexpr):
+              row, bias_row, c: tl.constexpr):
     sequence, first_row, q_first, q_end = find_block(q_starts, B, c.QUERIES)
     if first_row >= q_end:
         return
@@ -163,7 +163,7 @@ def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, 
         columns = first + tl.arange(0, c.KEYS)
         valid = columns < k_end
         keys = load(k, h, columns, valid, k_row, c)
-        values = load(v, h, columns, valid, v_row, c)
+        values = load(v, h, columns, valid, k_row, c)
         s = scores(queries, keys, bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
                    bias_row, c)
         p = tl.where(valid[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
@@ -180,7 +180,7 @@ def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, 
 
 @triton.jit(do_not_specialize=["B", "T"])
 def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, B, T, q_row,
-               k_row, v_row, row, bias_row, c: tl.constexpr):
+               k_row, row, bias_row, c: tl.constexpr):
     """One block of keys and values stays in registers; the queries of its sequence pass by."""
     sequence, first_row, k_first, k_end = find_block(k_starts, B, c.KEYS)
     if first_row >= k_end:
@@ -191,7 +191,7 @@ def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, 
     q_first = tl.load(q_starts + sequence)
     q_end = tl.load(q_starts + sequence + 1)
     keys = load(k, h, rows, real, k_row, c)
-    values = load(v, h, rows, real, v_row, c)
+    values = load(v, h, rows, real, k_row, c)
 
     key_total = tl.zeros([c.KEYS, c.WIDTH], c.SUM)
     value_total = tl.zeros([c.KEYS, c.WIDTH], c.SUM)
@@ -219,7 +219,7 @@ def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, 
 
 @triton.jit(do_not_specialize=["B", "T"])
 def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias, B, T, q_row,
-                 k_row, v_row, row, bias_row, c: tl.constexpr):
+                 k_row, row, bias_row, c: tl.constexpr):
     """One program per tile of one head's bias and per part of the B sequences: the sum of ds over
     this part, in the order of its sequences. The parts are added afterwards: an image encoder has
     few tiles, and without parts most of the GPU would wait."""
@@ -243,7 +243,7 @@ def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias,
         own_lse = tl.load(lse + h * T + rows, mask=rows < end, other=float("inf"))
         p = tl.where((columns < end)[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
         g = load(gradient, h, rows, rows < end, row, c)
-        values = load(v, h, columns, columns < end, v_row, c)
+        values = load(v, h, columns, columns < end, k_row, c)
         own_delta = tl.load(delta + h * T + rows, mask=rows < end, other=0.0)
         total += p * (dot(g, values.T, None, c) - own_delta[:, None])
     tl.store(dbias + part * (row // c.HEAD) * bias_row * bias_row + where, total)
@@ -260,7 +260,7 @@ TILES = {
     # 16 bits: d <= 64            d > 64           float32: d <= 64  d > 64
     "forward": ((64, 64, 4, 3), (64, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
     "dq":      ((64, 64, 4, 2), (64, 32, 4, 2), (16, 32, 4, 1), (16, 32, 8, 2)),
-    "dkv":     ((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+    "dkv":     ((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 4, 2)),
     "dbias":   ((64, 32, 4, 2), (64, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 1)),
 }
 BIAS_MULTIPLE = 128                 # a bias is padded to a multiple of every tile
@@ -271,7 +271,10 @@ def tile_sizes(kernel: str, dtype, d: int):
     """-> QUERIES, KEYS, warps, stages"""
     if interpreting():
         return 128, 128, 4, 1                                                # fewest NumPy calls
-    return TILES[kernel][2 * (dtype.itemsize > 2) + (d > 64)]
+    queries, keys, warps, stages = TILES[kernel][2 * (dtype.itemsize > 2) + (d > 64)]
+    if kernel == "dkv" and d == 48:
+        warps = 8                       # the mask of 16 missing columns costs registers
+    return queries, keys, warps, stages
 
 
 class Launch:
@@ -286,7 +289,7 @@ class Launch:
         self.bias_row = bias.shape[1] if self.biased else 0
         self.inputs = {"q": q, "k": k, "v": v, "q_starts": q_starts, "k_starts": k_starts,
                        "bias": bias if self.biased else q,                   # q: not read
-                       "q_row": q.stride(0), "k_row": k.stride(0), "v_row": v.stride(0)}
+                       "q_row": q.stride(0), "k_row": k.stride(0)}           # v's too
 
     def grid(self, name):
         """How many programs a kernel has: (blocks, heads), of dbias also parts."""
@@ -382,6 +385,8 @@ def attention_triton(q, k, v, q_starts, k_starts, bias=None):
     if len(q) == 0 or len(k) == 0:
         return q * 0 + (k.sum() + v.sum()) * 0
     q, k, v = (closed_rows(x.to(q.dtype)) for x in (q, k, v))
+    if k.stride(0) != v.stride(0):
+        k, v = (x.contiguous() for x in (k, v))
     if bias is not None:
         missing = -bias.shape[1] % BIAS_MULTIPLE                             # tiles need no mask
         bias = F.pad(bias, (0, missing, 0, missing)).contiguous()            # -> (H, P', P')

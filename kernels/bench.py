@@ -224,14 +224,12 @@ def compiled(kernel, arguments, name: str) -> dict:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(done.asm["cubin"])
             file.flush()
-            usage, code = (
-                subprocess.run([tool.path, flag, file.name], capture_output=True, text=True).stdout
-                for tool, flag in ((knobs.nvidia.cuobjdump, "-res-usage"),
-                                   (knobs.nvidia.nvdisasm, "-c")))
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True).stdout
         registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1])
                                    for key in ("REG", "STACK", "LOCAL"))
         spilled = stack + local
-        tensor = len(re.findall(r"\b(?:[HDIQ]G?|UTC[HQ])MMA\b", code))
+        tensor = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", done.asm["ptx"]))
     return {"registers": registers, "spilled": spilled, "shared": shared, "tensor": tensor}
 
 

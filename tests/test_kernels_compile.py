@@ -60,7 +60,8 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.split("::")[1]
         out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not function.is_view and not name.startswith(("empty", "new_empty", "detach")):
+        reserves = name.startswith(("empty", "new_empty", "detach"))
+        if isinstance(out, torch.Tensor) and not function.is_view and not reserves:
             self.names.append(name)
         return out
 

@@ -179,8 +179,8 @@ class Reads(TorchDispatchMode):
 def test_a_training_step_reads_three_things_from_the_device(tmp_path, monkeypatch):
     """How many tokens the drawn texts have, once a stream, and the sums of train_step: for log and verdict."""
     words = ("--batch 4 --text_batch 4 --width 32 --vision_mlp 32 --text_mlp 32 --fusion_mlp 32 --vision beit2 "
-             "--no-stem --image_size 32 --vision_layers 2 --drop_path 0.5 --dropout 0.1 --vision_heads 1 --text_heads 1 "
-             "--fusion_heads 1 --workers 0 --steps 2 --out").split()
+             "--no-stem --image_size 32 --vision_layers 2 --drop_path 0.5 --dropout 0.1 --vision_heads 1 "
+             "--text_heads 1 --fusion_heads 1 --workers 0 --steps 2 --out").split()
     run = train.prepare(train.settings([*words, str(tmp_path)]), torch.device(DEVICE))
     *batch, stats = run.batches[0]
     batch = [train.to_device(stream, run.device) for stream in batch]
