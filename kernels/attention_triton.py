@@ -307,7 +307,7 @@ class Launch:
         c = Constants(**computing_types(self.dtype), HEAD=self.d, WIDTH=power_of_two(self.d),
                       SCALE=math.log2(math.e) / math.sqrt(self.d), BIAS=self.biased,
                       QUERIES=queries, KEYS=keys)
-        # In float32 NVIDIA's compiler, left to itself, spills a little here to fit one more program.
+        # In float32 NVIDIA's compiler by itself spills a little here, to fit one more program.
         limited = self.dtype.itemsize > 2 and name in ("forward", "dq") and not kernels.amd()
         limit = {"maxnreg": 255} if limited else {}
         kernel[self.grid(name)](**self.inputs, **others, B=self.B, T=self.T, row=self.H * self.d,

@@ -229,7 +229,8 @@ def compiled(kernel, arguments, name: str) -> dict:
         registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1])
                                    for key in ("REG", "STACK", "LOCAL"))
         spilled = stack + local
-        tensor = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", done.asm["ptx"]))
+        products = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
+        tensor = len(re.findall(products, done.asm["ptx"]))
     return {"registers": registers, "spilled": spilled, "shared": shared, "tensor": tensor}
 
 
