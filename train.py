@@ -478,7 +478,8 @@ def train_step(run, batch, stats, step):
     # device. Every process then holds the same sums, so all of them decide alike.
     numbers = {"loss": loss.detach()} | numbers | norms
     bad, too_many = run.bad_records.count(stats["bad_records"])
-    own = torch.tensor([bad, stats["cut"], bool(run.signal), too_many]).to(loss)
+    own = torch.tensor([bad, stats["cut"], bool(run.signal), too_many])
+    own = own.to(loss, non_blocking=True)                       # the host does not wait for it
     sums = all_reduce(torch.cat([torch.stack(list(numbers.values())), own])).tolist()
     *values, bad, cut, stop, too_many = sums
     row = {name: value / W for name, value in zip(numbers, values)}           # means, see losses.py

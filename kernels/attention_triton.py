@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import interpreting
+import kernels
 from kernels.triton_common import (LN_2, LOG2_E, computing_types, dot, load_rows, narrow,
                                    power_of_two, store_rows)
 
@@ -98,8 +98,8 @@ def scores(a, b, bias, h, i, j, bias_row, c: tl.constexpr):
 # --------------------------------------------------------------------------------------------------
 
 @triton.jit(do_not_specialize=["B", "T"])
-def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_row,
-                   c: tl.constexpr):
+def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, q_row, k_row, row,
+                   bias_row, c: tl.constexpr):
     sequence, first_row, q_first, q_end = find_block(q_starts, B, c.QUERIES)
     if first_row >= q_end:                                                   # a spare program
         return
@@ -108,7 +108,7 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_
     real = rows < q_end
     k_first = tl.load(k_starts + sequence)
     k_end = tl.load(k_starts + sequence + 1)
-    queries = load(q, h, rows, real, row, c)
+    queries = load(q, h, rows, real, q_row, c)
 
     top = tl.full([c.QUERIES], float("-inf"), c.SUM)
     total = tl.zeros([c.QUERIES], c.SUM)
@@ -116,7 +116,7 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_
     for first in range(k_first, k_end, c.KEYS):
         columns = first + tl.arange(0, c.KEYS)
         valid = columns < k_end
-        keys = load(k, h, columns, valid, row, c)
+        keys = load(k, h, columns, valid, k_row, c)
         s = scores(queries, keys, bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
                    bias_row, c)
         s = tl.where(valid[None, :], s, float("-inf"))
@@ -125,7 +125,7 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        values = load(v, h, columns, valid, row, c)
+        values = load(v, h, columns, valid, k_row, c)
         mean = dot(narrow(p, c), values, mean * shrink[:, None], c)
         top = new_top
 
@@ -142,8 +142,8 @@ def forward_kernel(q, k, v, bias, q_starts, k_starts, out, lse, B, T, row, bias_
 # --------------------------------------------------------------------------------------------------
 
 @triton.jit(do_not_specialize=["B", "T"])
-def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, B, T, row, bias_row,
-              c: tl.constexpr):
+def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, B, T, q_row, k_row,
+              row, bias_row, c: tl.constexpr):
     sequence, first_row, q_first, q_end = find_block(q_starts, B, c.QUERIES)
     if first_row >= q_end:
         return
@@ -152,7 +152,7 @@ def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, 
     real = rows < q_end
     k_first = tl.load(k_starts + sequence)
     k_end = tl.load(k_starts + sequence + 1)
-    queries = load(q, h, rows, real, row, c)
+    queries = load(q, h, rows, real, q_row, c)
     g = load(gradient, h, rows, real, row, c)
     own_out = load(out, h, rows, real, row, c).to(c.SUM)
     own_delta = tl.sum(own_out * g.to(c.SUM), 1)
@@ -162,8 +162,8 @@ def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, 
     for first in range(k_first, k_end, c.KEYS):
         columns = first + tl.arange(0, c.KEYS)
         valid = columns < k_end
-        keys = load(k, h, columns, valid, row, c)
-        values = load(v, h, columns, valid, row, c)
+        keys = load(k, h, columns, valid, k_row, c)
+        values = load(v, h, columns, valid, k_row, c)
         s = scores(queries, keys, bias, h, (rows - q_first)[:, None], (columns - k_first)[None, :],
                    bias_row, c)
         p = tl.where(valid[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
@@ -179,8 +179,8 @@ def dq_kernel(q, k, v, bias, q_starts, k_starts, out, gradient, lse, delta, dq, 
 
 
 @triton.jit(do_not_specialize=["B", "T"])
-def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, B, T, row, bias_row,
-               c: tl.constexpr):
+def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, B, T, q_row,
+               k_row, row, bias_row, c: tl.constexpr):
     """One block of keys and values stays in registers; the queries of its sequence pass by."""
     sequence, first_row, k_first, k_end = find_block(k_starts, B, c.KEYS)
     if first_row >= k_end:
@@ -190,8 +190,8 @@ def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, 
     real = rows < k_end
     q_first = tl.load(q_starts + sequence)
     q_end = tl.load(q_starts + sequence + 1)
-    keys = load(k, h, rows, real, row, c)
-    values = load(v, h, rows, real, row, c)
+    keys = load(k, h, rows, real, k_row, c)
+    values = load(v, h, rows, real, k_row, c)
 
     key_total = tl.zeros([c.KEYS, c.WIDTH], c.SUM)
     value_total = tl.zeros([c.KEYS, c.WIDTH], c.SUM)
@@ -199,7 +199,7 @@ def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, 
         # Everything is transposed here: rows of a tile are keys, columns are queries.
         columns = first + tl.arange(0, c.QUERIES)
         valid = columns < q_end
-        queries = load(q, h, columns, valid, row, c)
+        queries = load(q, h, columns, valid, q_row, c)
         g = load(gradient, h, columns, valid, row, c)
         s = scores(keys, queries, bias, h, (columns - q_first)[None, :], (rows - k_first)[:, None],
                    bias_row, c)
@@ -218,107 +218,101 @@ def dkv_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dk, dv, 
 
 
 @triton.jit(do_not_specialize=["B", "T"])
-def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias, B, T, row,
-                 bias_row, c: tl.constexpr):
-    """One program per tile of one head's bias: the sum of ds over all B sequences, in their order.
-    """
-    h = tl.program_id(2)
-    i = tl.program_id(0) * c.QUERIES + tl.arange(0, c.QUERIES)
-    j = tl.program_id(1) * c.KEYS + tl.arange(0, c.KEYS)
+def dbias_kernel(q, k, v, bias, q_starts, k_starts, gradient, lse, delta, dbias, B, T, q_row,
+                 k_row, row, bias_row, c: tl.constexpr):
+    """One program per tile of one head's bias and per part of the B sequences: the sum of ds over
+    this part, in the order of its sequences. The parts are added afterwards: an image encoder has
+    few tiles, and without parts most of the GPU would wait."""
+    h = tl.program_id(1)
+    part = tl.program_id(2)
+    across = bias_row // c.KEYS                                              # tiles side by side
+    i = tl.program_id(0) // across * c.QUERIES + tl.arange(0, c.QUERIES)
+    j = tl.program_id(0) % across * c.KEYS + tl.arange(0, c.KEYS)
     where = h * bias_row * bias_row + i[:, None] * bias_row + j[None, :]
     b = LOG2_E * tl.load(bias + where).to(c.SUM)                             # of all sequences
     total = tl.zeros([c.QUERIES, c.KEYS], c.SUM)
-    for sequence in range(B):
+    per_part = tl.cdiv(B, tl.num_programs(2))
+    for sequence in range(part * per_part, min(part * per_part + per_part, B)):
         first = tl.load(q_starts + sequence)
         end = tl.load(q_starts + sequence + 1)
         rows = first + i
         columns = first + j
-        queries = load(q, h, rows, rows < end, row, c)
-        keys = load(k, h, columns, columns < end, row, c)
+        queries = load(q, h, rows, rows < end, q_row, c)
+        keys = load(k, h, columns, columns < end, k_row, c)
         s = dot(queries, keys.T, None, c) * c.SCALE + b
         own_lse = tl.load(lse + h * T + rows, mask=rows < end, other=float("inf"))
         p = tl.where((columns < end)[None, :], tl.exp2(s - own_lse[:, None]), 0.0)
         g = load(gradient, h, rows, rows < end, row, c)
-        values = load(v, h, columns, columns < end, row, c)
+        values = load(v, h, columns, columns < end, k_row, c)
         own_delta = tl.load(delta + h * T + rows, mask=rows < end, other=0.0)
         total += p * (dot(g, values.T, None, c) - own_delta[:, None])
-    tl.store(dbias + where, total)                                           # padded as bias is
+    tl.store(dbias + part * (row // c.HEAD) * bias_row * bias_row + where, total)
 
 
 # --------------------------------------------------------------------------------------------------
 # Launching
 # --------------------------------------------------------------------------------------------------
 
-# (16-bit, wider than 64): {kernel: (QUERIES, KEYS, warps, stages)}. None spills on sm_80 or sm_90:
-# `python -m kernels.bench` compiles every entry. Sentences are short: a block of 128 queries,
-# faster on long sequences, would be nine tenths empty here.
+# (QUERIES, KEYS, warps, stages). None spills on an NVIDIA GPU: `python -m kernels.bench` compiles
+# every entry. Sentences are short: a block of 128 queries, faster on long sequences, would be nine
+# tenths empty here.
 TILES = {
-    (True, False): {
-        "forward": (64, 64, 4, 2),
-        "dq": (64, 64, 4, 2),
-        "dkv": (32, 64, 4, 2),
-        "dbias": (64, 64, 4, 2),
-    },
-    (True, True): {
-        "forward": (64, 32, 4, 2),
-        "dq": (64, 32, 4, 2),
-        "dkv": (16, 64, 4, 2),
-        "dbias": (64, 32, 4, 2),
-    },
-    (False, False): {
-        "forward": (16, 32, 4, 2),
-        "dq": (16, 32, 4, 2),
-        "dkv": (16, 32, 4, 2),
-        "dbias": (16, 32, 4, 2),
-    },
-    (False, True): {
-        "forward": (16, 16, 4, 1),
-        "dq": (16, 32, 4, 2),
-        "dkv": (16, 16, 4, 2),
-        "dbias": (16, 32, 8, 1),
-    },
+    # 16 bits: d <= 64            d > 64           float32: d <= 64  d > 64
+    "forward": ((64, 64, 4, 3), (64, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
+    "dq":      ((64, 64, 4, 2), (64, 32, 4, 2), (16, 32, 4, 1), (16, 32, 8, 2)),
+    "dkv":     ((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 4, 2)),
+    "dbias":   ((64, 32, 4, 2), (64, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 1)),
 }
 BIAS_MULTIPLE = 128                 # a bias is padded to a multiple of every tile
+PROGRAMS = 1024                     # of dbias: enough for every multiprocessor, few parts to add
 
 
 def tile_sizes(kernel: str, dtype, d: int):
     """-> QUERIES, KEYS, warps, stages"""
-    if interpreting():
+    if kernels.interpreting():
         return 128, 128, 4, 1                                                # fewest NumPy calls
-    return TILES[dtype.itemsize == 2, d > 64][kernel]
+    queries, keys, warps, stages = TILES[kernel][2 * (dtype.itemsize > 2) + (d > 64)]
+    if kernel == "dkv" and d == 48:
+        warps = 8                       # the mask of 16 missing columns costs registers
+    return queries, keys, warps, stages
 
 
 class Launch:
-    """The arguments that all kernels of one call are given. A bias is padded: tiles need no mask.
-    """
+    """The arguments that all kernels of one call are given."""
 
     def __init__(self, q, k, v, q_starts, k_starts, bias):
         self.dtype = q.dtype
         self.T, self.H, self.d = q.shape
         self.S = len(k)
         self.B = len(q_starts) - 1
-        self.bias_row = 0
-        if bias is not None:
-            missing = -bias.shape[1] % BIAS_MULTIPLE
-            bias = F.pad(bias, (0, missing, 0, missing)).contiguous()
-            self.bias_row = bias.shape[1]
-        self.bias = bias
-        self.matrices = {"q": q, "k": k, "v": v, "q_starts": q_starts, "k_starts": k_starts,
-                         "bias": q if bias is None else bias}                # q: not read
+        self.biased = bias is not None
+        self.bias_row = bias.shape[1] if self.biased else 0
+        self.inputs = {"q": q, "k": k, "v": v, "q_starts": q_starts, "k_starts": k_starts,
+                       "bias": bias if self.biased else q,                   # q: not read
+                       "q_row": q.stride(0), "k_row": k.stride(0)}           # v's too
+
+    def grid(self, name):
+        """How many programs a kernel has: (blocks, heads), of dbias also parts."""
+        queries, keys, *_ = tile_sizes(name, self.dtype, self.d)
+        if name == "dbias":
+            tiles = (self.bias_row // queries) * (self.bias_row // keys)
+            parts = max(1, min(self.B, PROGRAMS // (tiles * self.H)))
+            return tiles, self.H, parts
+        if name == "dkv":
+            return self.S // keys + self.B, self.H                           # see find_block
+        return self.T // queries + self.B, self.H
 
     def __call__(self, name, kernel, **others):
         queries, keys, warps, stages = tile_sizes(name, self.dtype, self.d)
         c = Constants(**computing_types(self.dtype), HEAD=self.d, WIDTH=power_of_two(self.d),
-                      SCALE=math.log2(math.e) / math.sqrt(self.d), BIAS=self.bias is not None,
+                      SCALE=math.log2(math.e) / math.sqrt(self.d), BIAS=self.biased,
                       QUERIES=queries, KEYS=keys)
-        grid = (self.T // queries + self.B, self.H)                          # see find_block
-        if name == "dkv":
-            grid = (self.S // keys + self.B, self.H)
-        if name == "dbias":
-            grid = (self.bias_row // queries, self.bias_row // keys, self.H)
-        kernel[grid](**self.matrices, **others, B=self.B, T=self.T, row=self.H * self.d,
-                     bias_row=self.bias_row, c=c, num_warps=warps, num_stages=stages,
-                     enable_fp_fusion=True)
+        # In float32 NVIDIA's compiler by itself spills a little here, to fit one more program.
+        limited = self.dtype.itemsize > 2 and name in ("forward", "dq") and not kernels.amd()
+        limit = {"maxnreg": 255} if limited else {}
+        kernel[self.grid(name)](**self.inputs, **others, B=self.B, T=self.T, row=self.H * self.d,
+                                bias_row=self.bias_row, c=c, num_warps=warps, num_stages=stages,
+                                enable_fp_fusion=True, **limit)
 
 
 # custom_op and not triton_op: torch.compile takes the op as it is, so a test in the interpreter
@@ -328,7 +322,8 @@ class Launch:
 @torch.library.custom_op("cclm::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor,
                  bias: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-    """-> out (T, H, d), log2-sum-exp2 of the scores (H, T)"""
+    """bias: padded to (H, P', P'), see attention_triton -> out (T, H, d), log2-sum-exp2 of the
+    scores (H, T)"""
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
     launch = Launch(q, k, v, q_starts, k_starts, bias)
@@ -340,7 +335,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Te
 def attention_backward_op(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor,
                           k_starts: Tensor, bias: Optional[Tensor], out: Tensor,
                           lse: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv, dbias (empty without a bias)"""
+    """-> dq, dk, dv, dbias (padded as bias is; empty without one)"""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     launch = Launch(q, k, v, q_starts, k_starts, bias)
     saved = {"gradient": gradient.contiguous(), "lse": lse, "delta": torch.empty_like(lse)}
@@ -348,10 +343,9 @@ def attention_backward_op(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, q_s
     launch("dkv", dkv_kernel, dk=dk, dv=dv, **saved)
     if bias is None:
         return dq, dk, dv, lse.new_empty(0)
-    dbias = torch.empty_like(launch.bias, dtype=lse.dtype)                   # (H, padded, padded)
+    dbias = lse.new_empty(launch.grid("dbias")[2], *bias.shape)              # (parts, H, P', P')
     launch("dbias", dbias_kernel, dbias=dbias, **saved)
-    N = bias.shape[1]
-    return dq, dk, dv, dbias[:, :N, :N].to(bias.dtype, copy=True)
+    return dq, dk, dv, dbias.sum(0).to(bias.dtype)                           # (H, P', P')
 
 
 @attention_op.register_fake
@@ -368,9 +362,12 @@ def _(gradient, q, k, v, q_starts, k_starts, bias, out, lse):
 
 def save(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)            # no zeros for lse, which has no gradient
 
 
 def backward(ctx, gradient, _):
+    if gradient is None:
+        return (None,) * 6
     saved = ctx.saved_tensors                   # once: checkpointing unpacks each tensor only once
     dq, dk, dv, dbias = attention_backward_op(gradient, *saved)
     bias = saved[5]
@@ -380,11 +377,20 @@ def backward(ctx, gradient, _):
 attention_op.register_autograd(backward, setup_context=save)
 
 
+def closed_rows(x):
+    """x (T, H, d) such that the H * d numbers of a row have no gap; rows may lie apart, as they do
+    where q, k and v come from one product."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
 def attention_triton(q, k, v, q_starts, k_starts, bias=None):
     """The contract of kernels.attention, by the kernels. d: a multiple of 16, at most 128."""
     if len(q) == 0 or len(k) == 0:
         return q * 0 + (k.sum() + v.sum()) * 0
-    q = q.contiguous()
-    k = k.to(q.dtype).contiguous()
-    v = v.to(q.dtype).contiguous()
+    q, k, v = (closed_rows(x.to(q.dtype)) for x in (q, k, v))
+    if k.stride(0) != v.stride(0):
+        k, v = (x.contiguous() for x in (k, v))
+    if bias is not None:
+        missing = -bias.shape[1] % BIAS_MULTIPLE                             # tiles need no mask
+        bias = F.pad(bias, (0, missing, 0, missing)).contiguous()            # -> (H, P', P')
     return attention_op(q, k, v, q_starts, k_starts, bias)[0]

@@ -12,8 +12,8 @@ machine.
   resources   without a GPU: every kernel compiled for GPUs that are not here; registers, spilled
               bytes, shared memory, tensor core instructions. Not a speed, but what makes a kernel
               slow or impossible shows here
-  gpu         with a GPU: milliseconds beside torch's own functions, and the least time that the GPU
-              could need
+  gpu         attention of preset base by our kernels and by torch's functions: products executed,
+              bytes moved (counted, not measured); with a GPU milliseconds, of contrast too
 
 Letters as in the kernel files: B, N, T, H, d, E.
 """
@@ -30,12 +30,13 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import kernels
 from kernels import interpreting, triton_installed
 from kernels.attention import attention
 from kernels.contrastive import contrastive, contrastive_naive
-from kernels.packed import offsets
+from kernels.packed import gather_sequences, offsets
 from kernels.reference import (ALLOWED, DTYPES, attention_and_reference, contrast_errors,
                                contrast_loss, random_attention, random_contrast, relative)
 
@@ -138,7 +139,8 @@ def print_cpu(quick: bool):
 
 QUICK = ("attention bf16 d=64 bias", "attention bf16 d=48", "attention fp32 d=80 bias",
          "contrast bf16 E=256")
-SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "gfx942": 64}                # KB a program can have
+# KB a program can have: A100, RTX 40, H100, B200, RTX 50, MI300
+SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 
 
 class PretendGPU:
@@ -222,14 +224,13 @@ def compiled(kernel, arguments, name: str) -> dict:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(done.asm["cubin"])
             file.flush()
-            usage, code = (
-                subprocess.run([tool.path, flag, file.name], capture_output=True, text=True).stdout
-                for tool, flag in ((knobs.nvidia.cuobjdump, "-res-usage"),
-                                   (knobs.nvidia.nvdisasm, "-c")))
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True).stdout
         registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1])
                                    for key in ("REG", "STACK", "LOCAL"))
         spilled = stack + local
-        tensor = len(re.findall(r"\b[HDIQ]G?MMA\b", code))
+        products = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
+        tensor = len(re.findall(products, done.asm["ptx"]))
     return {"registers": registers, "spilled": spilled, "shared": shared, "tensor": tensor}
 
 
@@ -270,80 +271,147 @@ def print_resources(targets: list, quick: bool) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# GPU: milliseconds (nobody has run this yet)
+# Attention in one layer of preset base, 128 images and 128 pairs of sentences per GPU, four ways
 # --------------------------------------------------------------------------------------------------
 
-# bf16 FLOP/s and bytes/s of the data sheets
-PEAK = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
-LENGTHS = {
-    "256 images of 197 tokens": (torch.full((256,), 197),) * 2,
-    "1024 sentences of 4 to 60": (torch.arange(1024) % 57 + 4,) * 2,
-    "256 groups of 4 captions that read 256 images": (torch.full((256,), 4 * 14),
-                                                     torch.full((256,), 197)),
-}
+HEADS = 12
+HEAD = 64
+# Forward q k^T and p v; each of our backward kernels computes q k^T and g v^T again.
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
+# flash-attention's two kernels at this HEAD: products, and its tile
+FLASH = {"forward": (2, 128, 128), "backward": (5, 128, 128)}
+
+
+def base_cases() -> dict:
+    """{case: (lengths (B, copies) of the query sequences that read each view, lengths (B,) of the
+    views, is there a bias?)}. Captions have 10 to 18 tokens, sentences 8 to 42. In the fusion
+    encoder every view is read by four: a true pair, one with a wrong a, one with a wrong b, and the
+    masked text."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.full((128,), 197)
+    captions = torch.randint(10, 19, (128, 4), generator=g)
+    sentences = torch.randint(8, 43, (128, 4), generator=g)
+    return {
+        "128 images, biased": (images[:, None], images, True),
+        "512 captions": (captions.view(-1, 1), captions.flatten(), False),
+        "512 captions read 128 images": (captions, images, False),
+        "512 sentences read 128 sentences": (sentences, sentences[:, 0], False),
+    }
+
+
+def work(q_lengths, k_lengths, biased) -> dict:
+    """{way: (FLOPs of all products, those of real rows alone, bytes)}, forward + backward.
+
+    bytes: every matrix once per kernel that reads or writes it, 16 bits a number. Ours: 8 of q's
+    size (forward: q, out; dq: q, out, gradient, dq; dkv: q, gradient) and 8 of k's. flash: 15
+    (forward 2, delta 2, backward 2; dq in float32: set to 0, added to, rounded) and 6."""
+    from kernels.attention_triton import BIAS_MULTIPLE, tile_sizes
+    copies = q_lengths.shape[1]
+    grouped = (q_lengths.sum(1), k_lengths)
+    copied = (q_lengths.flatten(), k_lengths.repeat_interleave(copies))
+    padded = [torch.full_like(lengths, lengths.max()) for lengths in copied]
+    ours = {name: (products, *tile_sizes(name, torch.bfloat16, HEAD)[:2])
+            for name, products in PRODUCTS.items()}
+    if biased:
+        ways = {"ours": (grouped, ours | {"dbias": (2, BIAS_MULTIPLE, BIAS_MULTIPLE)}, 8, 8)}
+    else:
+        ways = {"ours": (grouped, ours, 8, 8), "varlen_attn": (grouped, FLASH, 15, 6)}
+    if copies > 1:
+        ways["varlen_attn, keys copied"] = (copied, FLASH, 15, 6)
+    ways["padded SDPA"] = (padded, FLASH, 15, 6)
+    found = {}
+    for name, ((q, k), executed, q_times, k_times) in ways.items():
+        flops = needed = 0
+        for products, queries, keys in executed.values():
+            product = 2 * HEADS * HEAD * products                        # FLOPs of two rows
+            rows = -(-q // queries) * queries                            # (B,) whole tiles
+            columns = -(-k // keys) * keys                               # (B,)
+            flops += product * int(rows @ columns)
+            needed += product * int(copied[0] @ copied[1])
+        moved = q_times * int(q.sum()) + k_times * int(k.sum())          # rows
+        if name == "varlen_attn, keys copied":                           # and gradients added
+            moved += 4 * int(k.sum() + k_lengths.sum())
+        found[name] = flops, needed, 2 * HEADS * HEAD * moved
+    return found
+
+
+def ways(q_lengths, k_lengths, biased, device, dtype) -> dict:
+    """{way: (a function without arguments -> attention's output, its inputs)}. All get the same
+    numbers; padded SDPA gets them copied and padded already. varlen_attn takes no bias."""
+    from torch.nn.attention.varlen import varlen_attn
+    lengths = q_lengths.flatten()                                   # (Q,) of query sequences
+    groups = q_lengths.sum(1)                                       # (B,)
+    view = torch.arange(len(groups)).repeat_interleave(q_lengths.shape[1])          # (Q,)
+    starts = offsets(lengths).to(device)
+    group_starts = offsets(groups).to(device)
+    k_starts = offsets(k_lengths).to(device)
+    rows, copied_starts = gather_sequences(k_starts, view.to(device))    # rows of k, repeated
+    longest, longest_group, K = (int(x.max()) for x in (lengths, groups, k_lengths))
+
+    def random(*shape):
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    def padded(x, lengths):
+        x = pad_sequence(x.detach().split(lengths.tolist()), batch_first=True)
+        return x.transpose(1, 2).contiguous().requires_grad_()           # (Q, H, L, d)
+    q = random(int(lengths.sum()), HEADS, HEAD)
+    k = random(int(k_lengths.sum()), HEADS, HEAD)
+    v = random(*k.shape)
+    many = [padded(q, lengths), *(padded(x[rows], k_lengths[view]) for x in (k, v))]
+    mask = bias = random(HEADS, K, K) if biased else None
+    if k_lengths.min() < K:                 # with a mask SDPA may not take flash-attention
+        real = torch.arange(K) < k_lengths[view, None]              # (Q, K)
+        mask = real[:, None, None].to(device)                            # (Q, 1, 1, K)
+    return {
+        "ours": (lambda: attention(q, k, v, group_starts, k_starts, bias), (q, k, v)),
+        "varlen_attn": (lambda: varlen_attn(q, k, v, group_starts, k_starts, longest_group, K),
+                        (q, k, v)),
+        "varlen_attn, keys copied": (
+            lambda: varlen_attn(q, k[rows], v[rows], starts, copied_starts, longest, K), (q, k, v)),
+        "padded SDPA": (lambda: F.scaled_dot_product_attention(*many, mask), many),
+    }
 
 
 def milliseconds(run) -> str:
-    """Median of 20, after 5 to warm up; each is ten calls, so that a launch is not what counts."""
-    times = []
-    for _ in range(25):
+    """Median of 20, after 5 to warm up. Each is ten calls between two events, so that a launch is
+    not what counts. Before every call the L2 cache is flushed; the flushes alone are subtracted."""
+    cache = torch.empty(2 ** 28, dtype=torch.uint8, device="cuda")       # larger than any L2 cache
+
+    def ten(call):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(10):
-            run()
+            cache.zero_()
+            call()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 10)
+        return start.elapsed_time(end) / 10
+    times = [ten(run) - ten(lambda: None) for _ in range(25)]
     return f"{statistics.median(times[5:]):.3f}"
 
 
-def least_time(flops: float, size: float) -> str:
-    """The least time, in ms, in which this GPU could do these FLOPs or move these bytes."""
-    for name, (speed, bandwidth) in PEAK.items():
-        if name in torch.cuda.get_device_name():
-            return f"{1e3 * max(flops / speed, size / bandwidth):.3f}"
-    return "unknown GPU"
+def print_attention(cuda: bool):
+    table("attention in a layer of preset base, bf16, forward + backward. In brackets: times the "
+          "products of real rows", "case", "way", "GFLOP executed", "MB", "ms")
+    for title, case in base_cases().items():
+        calls = ways(*case, "cuda", torch.bfloat16) if cuda else {}
+        for name, (flops, needed, size) in work(*case).items():
+            cells = [f"{flops / 1e9:.1f} ({flops / needed:.2f})", f"{size / 1e6:.0f}", ""]
+            if cuda:
+                run, inputs = calls[name]
+                g = torch.randn_like(run())
+                cells[-1] = milliseconds(lambda: torch.autograd.grad(run(), inputs, g))
+            table_row(title, name, *cells)
 
 
-def random_matrices(*shapes):
-    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            for shape in shapes]
-
-
-def print_gpu():
-    table("attention, bf16, forward + backward, ms (12 heads of 64). GFLOP counts what the kernels "
-          "compute: 2 products forward, 7 backward; MB counts every matrix once per kernel.",
-          "sequences", "kernel", "SDPA, padded", "varlen_attn", "GFLOP", "MB", "least")
-    for title, (q_lengths, k_lengths) in LENGTHS.items():
-        T, S, B = int(q_lengths.sum()), int(k_lengths.sum()), len(q_lengths)
-        Q, K = int(q_lengths.max()), int(k_lengths.max())
-        starts = [offsets(x).cuda() for x in (q_lengths, k_lengths)]
-        packed = random_matrices((T, 12, 64), (S, 12, 64), (S, 12, 64))
-        padded = random_matrices((B, 12, Q, 64), (B, 12, K, 64), (B, 12, K, 64))
-        mask = None                                  # with a mask SDPA may not take flash attention
-        if (k_lengths != K).any():
-            mask = (torch.arange(K) < k_lengths[:, None])[:, None, None].cuda()
-
-        def varlen():
-            from torch.nn.attention.varlen import varlen_attn
-            return varlen_attn(*packed, *starts, Q, K)
-        candidates = [(lambda: attention(*packed, *starts), packed), (varlen, packed),
-                      (lambda: F.scaled_dot_product_attention(*padded, mask), padded)]
-        times = [milliseconds(lambda: torch.autograd.grad(run().sum(), inputs))
-                 for run, inputs in candidates]
-        flops = 9 * 2 * 12 * 64 * (q_lengths.double() @ k_lengths.double()).item()
-        size = 2 * 12 * 64 * (7 * T + 9 * S)         # bytes of 4 + 6 + 6 matrices
-        table_row(title, times[0], times[2], times[1], f"{flops / 1e9:.1f}", f"{size / 1e6:.0f}",
-                  least_time(flops, size))
-    table("contrast, bf16, E = 256, forward + backward, ms", "N", "kernel", "naive", "GFLOP", "MB",
-          "least")
+def print_contrast():
+    table("contrast, bf16, E = 256, forward + backward, ms", "N", "kernel", "naive", "GFLOP", "MB")
     for N in (1024, 8192, 32768):
         case = random_contrast(0, (N, N, 0), 0.07, torch.bfloat16, "cuda", E=256)
         times = [milliseconds(lambda: torch.autograd.grad(contrast_loss(*run(*case)), case[:3]))
                  for run in (contrastive, contrastive_naive)]
-        flops = 10 * N * N * 256                     # 5 products of 2 N^2 E
-        size = 8 * 2 * N * 256
-        table_row(N, *times, f"{flops / 1e9:.1f}", f"{size / 1e6:.0f}", least_time(flops, size))
+        # 5 products of 2 N^2 E; 8 matrices of 16 bits
+        table_row(N, *times, f"{10 * N * N * 256 / 1e9:.1f}", f"{16 * N * 256 / 1e6:.0f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -355,7 +423,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small cases only")
     parser.add_argument("--only", choices=["errors", "cpu", "resources", "gpu"], help="one part")
-    parser.add_argument("--targets", default="sm_80,sm_90",
+    parser.add_argument("--targets", default="sm_80,sm_89,sm_90,sm_100,sm_120",
                         help="GPUs to compile for (default: %(default)s)")
     parser.add_argument("--child", nargs=2, metavar=("KIND", "N"),
                         help="one timed run of the cpu part, as JSON")
@@ -388,10 +456,10 @@ def main():
             bad += print_resources(targets, args.quick)
         else:
             print("\nresources: triton is not installed (pip install triton)")
-    if args.only == "gpu" and not cuda:
-        print("\ngpu: there is none")
-    elif args.only == "gpu" or args.only is None and cuda:
-        print_gpu()
+    if args.only in (None, "gpu") and triton_installed() and not interpreting():
+        print_attention(cuda)
+        if cuda:
+            print_contrast()
     return 1 if bad else 0
 
 

@@ -119,14 +119,14 @@ def gradient_kernel(x, y, temperature, x_ids, y_ids, x_lse, y_lse, x_gradient, y
 # --------------------------------------------------------------------------------------------------
 
 def tile_sizes(kernel: str, dtype):
-    """-> ROWS, COLUMNS, warps. None spills a register on sm_80 or sm_90: `python -m kernels.bench`
+    """-> ROWS, COLUMNS, warps. None spills a register on an NVIDIA GPU: `python -m kernels.bench`
     compiles them all."""
     if kernels.interpreting():
         return 128, 128, 4                                               # fewest NumPy calls
     if kernels.amd():
         return 16 if dtype == torch.float32 else 64, 32, 4
     if dtype == torch.float32:
-        return 32, 32, 8
+        return (16, 32, 4) if kernel == "gradient" else (32, 32, 8)
     return 64, 64, 8 if kernel == "gradient" else 4
 
 

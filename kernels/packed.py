@@ -45,7 +45,7 @@ class GatherRows(torch.autograd.Function):
 
 def offsets(lengths):
     """lengths (B,) -> starts (B+1,) int32."""
-    return F.pad(lengths.cumsum(0), (1, 0)).int()
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def gather_sequences(starts, index, total=None):

@@ -156,16 +156,13 @@ def test_a_training_batch_has_no_padding(tokenizer):
 
 
 def test_gradient_cache_and_checkpointing_are_exact_and_keep_less():
-    gradients_in_chunks_and_with_checkpointing("cpu")
+    gradients_in_chunks_and_with_checkpointing("cpu", torch.float64, 1e-12)
 
 
-def gradients_in_chunks_and_with_checkpointing(device):
-    """--chunk and --checkpointing: the same gradients, and fewer bytes kept for the backward pass. (The kernels are
-    for float64 in the interpreter only: float32 on a GPU.)"""
-    dtype, allowed = (torch.float64, 1e-12) if device == "cpu" else (torch.float32, 1e-5)
-
+def gradients_in_chunks_and_with_checkpointing(device, dtype, allowed, size=2, **smaller):
+    """--chunk and --checkpointing: the same gradients, and fewer bytes kept for the backward pass."""
     def gradients(chunk, checkpointing):
-        model, kept = make().to(device, dtype), {}
+        model, kept = make(**smaller).to(device, dtype), {}
         model.chunk = chunk
         for layer in (*model.vision.layers, *model.text.layers, *model.fusion.layers):
             layer.checkpointing = checkpointing
@@ -178,8 +175,10 @@ def gradients_in_chunks_and_with_checkpointing(device):
         got["loss"].backward()
         return {n: p.grad for n, p in model.named_parameters()}, sum(kept.values())
     plain, much = gradients(None, False)
-    for chunk, checkpointing in ((2, False), (None, True), (2, True)):
+    floor = 1e-3 * torch.stack([g.norm() for g in plain.values()]).norm()
+    for chunk, checkpointing in ((size, False), (None, True), (size, True)):
         again, less = gradients(chunk, checkpointing)
         assert less < 0.8 * much
         for name, g in plain.items():
-            assert torch.allclose(again[name], g, rtol=0, atol=allowed), (chunk, checkpointing, name)
+            error = (again[name] - g).norm() / g.norm().clamp(min=floor)
+            assert error < allowed, (chunk, checkpointing, name, error)
