@@ -31,8 +31,8 @@ import torch
 
 from demo.datasets import DemoImages, DemoParallel, training_texts
 from formats import doctor
-from formats.records import TOLERATED, WINDOW, BadRecord, reason
-from formats.sources import Files, ImageFiles, PairFiles, parse_all
+from formats.records import BadRecord, reason
+from formats.sources import TOLERATED, WINDOW, ImageFiles, PairFiles, parse_all
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3             # XLM-R's ids; docs/paper.md, "Text encoder"
 
@@ -251,8 +251,8 @@ class Mixture:
         k = bisect.bisect_right(self.starts, index) - 1
         return self.datasets[k][index - self.starts[k], rng]
 
-    def languages(self, needed=()):
-        return sorted({k for dataset in self.datasets for k in dataset.languages(needed)})
+    def languages(self):
+        return sorted({k for dataset in self.datasets for k in dataset.languages()})
 
     def locate(self, position):
         """A position -> (position in the endless sequence of one dataset, its first index, its
@@ -426,8 +426,8 @@ class HeldOut:
         index, rng = key
         return self.dataset[index + index // (self.k - 1), rng]    # one is left out after k - 1
 
-    def languages(self, needed=()):
-        return self.dataset.languages(needed)
+    def languages(self):
+        return self.dataset.languages()
 
     def rows(self):
         """The records that are held out, as evaluate.retrieval wants them. Bad ones are no rows."""
@@ -452,26 +452,19 @@ def streams(args, size):
     elif args.parallel_text and args.texts:
         texts = files(PairFiles, args.texts, args.languages, args.cache)
     if args.languages:
-        check_languages(args, size, [dataset for dataset in (images, texts) if dataset])
+        check_languages(args.languages, [dataset for dataset in (images, texts) if dataset])
     return images, texts
 
 
-def check_languages(args, size, datasets):
+def check_languages(languages, datasets):
     """ValueError where --languages names one that is nowhere, or the data are the demo's."""
-    if not any(isinstance(dataset, (Mixture, Files)) for dataset in datasets):
+    if all(isinstance(dataset, DemoImages) for dataset in datasets):
         raise ValueError("--languages chooses among those of your own files: give some, or leave "
                          "it out")
-    # A sample of the records most often has them all. Only where one is rare every record is read.
-    missing = set(args.languages)
-    for needed in (False, True):
-        for dataset in datasets:
-            missing -= set(dataset.languages(missing if needed else ()))
+    missing = set(languages).difference(*(dataset.languages() for dataset in datasets))
     if missing:
-        # What is there is said too: the same files are opened again, without the choice.
-        everything = argparse.Namespace(**vars(args) | {"languages": None})
-        found = {k for dataset in streams(everything, size) if dataset for k in dataset.languages()}
-        raise ValueError(f"--languages: no record is in {' '.join(sorted(missing))}; there are "
-                         f"{' '.join(sorted(found))}")
+        raise ValueError(f"--languages: no record is in {' '.join(sorted(missing))}; `python "
+                         f"data.py FILES` names the languages that there are")
 
 
 def arguments_parser(name):
@@ -490,11 +483,13 @@ def tokenizer_command(words):
     parser.add_argument("--out", default="spm.model", help="file (default: spm.model)")
     args = parser.parse_args(words)
     check_target(pathlib.Path(args.out))
-    samples = {}                                # of each language its first 99 texts and its last
+    samples = {}                                # of each language its first 100 texts
 
     def texts():
         for language, text in doctor.every_text(args.texts, args.cache):
-            samples[language] = [*samples.get(language, [])[:99], text]
+            some = samples.setdefault(language, [])
+            if len(some) < 100:
+                some.append(text)
             yield text
     try:
         made = train_tokenizer(texts(), args.vocab)

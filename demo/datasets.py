@@ -39,7 +39,7 @@ class DemoImages:
     def __len__(self):
         return self.length
 
-    def languages(self, needed=()):
+    def languages(self):
         return sorted(self.codes)
 
     def choose(self, index, rng):
@@ -74,7 +74,7 @@ class DemoParallel(DemoImages):
         super().__init__(languages, scenes)
         self.others = others or emoji.languages("text_only")
 
-    def languages(self, needed=()):
+    def languages(self):
         return sorted([*self.codes, *self.others])
 
     def __getitem__(self, key):

@@ -101,9 +101,7 @@ class Findings:
     def report(self, name):
         kind = "parallel text" if self.pairs else "images"
         records = sum(len(reader) for reader in self.readers)
-        size = sum(reader.size for reader in self.readers) / 2 ** 20
-        print(f"{name}: {kind}, {len(self.readers):,} file(s), {records:,} records, "
-              f"{size:,.1f} MiB")
+        print(f"{name}: {kind}, {len(self.readers):,} file(s), {records:,} records")
         if self.texts:
             self.report_good()
         for line in self.checks.warnings():

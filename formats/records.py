@@ -17,16 +17,15 @@ in the cache folder, and a record is read from its offset: all orders of reading
 """
 import base64
 import contextlib
-import copy
 import functools
 import hashlib
-import io
 import json
 import os
 import pathlib
 import re
 import sys
 import tarfile
+import types
 import uuid
 
 import numpy as np
@@ -37,24 +36,29 @@ IMAGE_KEYS = ("image", "binary", "img_path", "file_name")
 CAPTION_KEYS = ("captions", "caption", "desc", "sentences", "text")
 LANGUAGE_KEYS = ("language", "lang", "LANGUAGE")
 PAIR_KEYS = ("text", "translation")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-PARTS = dict.fromkeys(SUFFIXES, "image") | {".json": "json", ".txt": "txt"}     # of a KEY
 LARGEST = 1 << 28                   # bytes of a record: a longer one is no record but a broken file
-TOLERATED = 0.01                    # share of bad records in the last WINDOW; more stop a run
-WINDOW = 1000
 
-# What other layouts begin with -> what they are.
-COMPRESSED = {rb"\x1f\x8b|PK\x03\x04|BZh\d|\xfd7zX|\(\xb5/\xfd":          # gzip zip bzip2 xz zstd
-              "is compressed: unpack it, records are read by offset"}
+# What a suffix says of a file beside others, or of a member of an archive. KEY is all before it.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PARTS = dict.fromkeys(SUFFIXES, "image") | {".json": "json", ".txt": "txt"}
+NO_LANGUAGES = ("bak bin cfg csv doc gz ids idx ini jpg log md npy old pdf png py tar tmp tsv txt "
+                "xml xz zip").split()
+
+# What is not read as it lies: how it begins -> what it is and what to do.
+COMPRESSED = {                      # the first bytes of gzip, zip, bzip2, xz and zstd
+    rb"\x1f\x8b|PK\x03\x04|BZh\d|\xfd7zX|\(\xb5/\xfd":
+        "is compressed: unpack it, records are read by offset"}
 LINES = 'docs/data.md, "Other layouts", has the command that makes JSON lines of it'
 OTHERS = COMPRESSED | {
     rb"PAR1": f"is a Parquet file: {LINES}",
-    rb"\s*\[": f"is one JSON array: {LINES}",
+    rb"\s*\[\s*\{": f"is one JSON array: {LINES}",
+    # An object whose field "images", or whose first field "annotations", is a list of objects.
     rb'(?s)\s*\{(.*"images"|\s*"annotations")\s*:\s*\[\s*\{':
         f"looks like the captions JSON of COCO or Karpathy: {LINES}",
+    # 123.jpg, with #0 or without, and a tab.
     rb"\S+\.(jpg|jpeg|png)(#\d+)?\t": f"looks like a list of pictures with captions: {LINES}",
+    # A header without tabs: image,caption or "file_name"|"text".
     rb'"?(image|file)\w*"?[,|][^\t\n]*\n': f"looks like CSV: {LINES}"}
-NO_LANGUAGES = "bak bin cfg csv doc gz ids idx ini log md npy old pdf py tmp txt xml xz zip".split()
 
 
 class BadRecord(Exception):
@@ -91,13 +95,20 @@ def is_language(suffix):
     return bool(code) and suffix not in NO_LANGUAGES
 
 
+def part_of(name):
+    """"image", "json" or "txt"; None for what is left alone. macOS puts ._0001.jpg beside 0001.jpg:
+    names that begin with a dot are left alone."""
+    if os.path.basename(name).startswith("."):
+        return None
+    return PARTS.get(os.path.splitext(name)[1].lower())
+
+
 def is_picture(file):
-    name = os.path.basename(file)
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+    return part_of(file) == "image"
 
 
 def languages_of_name(path):
-    """WikiMatrix.de-en.tsv -> ("de", "en"); () where a name has no two."""
+    """WikiMatrix.de-en.tsv and de-en.tsv -> ("de", "en"); () where a name has no two."""
     tagged = re.fullmatch(r"(?:.*[._])?([a-z]{2,3})-([a-z]{2,3})\.\w+", os.path.basename(path))
     return tagged.groups() if tagged else ()
 
@@ -126,14 +137,18 @@ def indexed(path, scan, cache=None, label=""):
     place = os.path.join(os.path.dirname(path), name)
     if cache:                                                       # files may have the same name
         place = os.path.join(cache, hashlib.sha1(path.encode()).hexdigest()[:12] + name)
-    status = os.stat(path)
-    stamp = [VERSION, status.st_size, status.st_mtime_ns]
+    stamp = stamp_of(os.stat(path))
     with contextlib.suppress(OSError):                              # there may be no index yet
         numbers = mapped(place)
         if numbers[-3:].tolist() == stamp:                          # not so if it was cut off
             return numbers[:-3]
     write_index(path, scan, place, stamp)
     return mapped(place)[:-3]
+
+
+def stamp_of(status):
+    """What changes when a file does. status: os.stat's or os.fstat's"""
+    return [VERSION, status.st_size, status.st_mtime_ns]
 
 
 def mapped(place):
@@ -198,34 +213,37 @@ def scan_tar(file, size):
 
 
 def tar_rows(file, size):
-    """The members of one KEY lie side by side, but --sort=name puts a.b.jpg between a.jpg and
-    a.txt: a KEY ends at a member whose KEY is another and does not begin with it and a dot. A
-    damaged stretch took members of the KEY before it, of the KEY after it, or whole records: if
-    both KEYs are complete, a row LOST stands for what is gone. So damage is counted, once."""
-    lasting = []                                # (KEY, its parts, [start, end]); most often one
+    """The members of one KEY lie side by side: a row ends where the next KEY begins. A damaged
+    stretch took members of the KEY before it, of the KEY after it, or whole records: if both KEYs
+    are complete, a row LOST stands for what is gone. So damage is counted, once."""
+    key = None
+    parts = set()                               # of this KEY so far
+    row = LOST
     damaged = False
     for member in tar_members(file, 0, size):
         if member is None:
-            if all(complete(parts) for _, parts, _ in lasting):     # not hurt themselves
-                yield from ended(lasting, False)
-                lasting = []
+            if complete(parts):                 # not hurt itself
+                yield row
+                key = None
+                parts = set()
             damaged = True
             continue
-        key, part = key_and_part(member)
+        part = part_of(member.name) if member.isreg() else None
         if not part:
             continue
-        before = lasting
-        lasting = [row for row in before if key.startswith(f"{row[0]}.")
-                   or key == row[0] and part not in row[1]]
-        if len(lasting) < len(before):
-            yield from ended(before[len(lasting):], damaged)
-            damaged = False
-        if not lasting or lasting[-1][0] != key:
-            lasting.append((key, set(), [member.offset, 0]))
-        lasting[-1][1].add(part)
-        lasting[-1][2][1] = member.offset_data + max(member.size, 0)
-    yield from ended(lasting, damaged)
-    if damaged and not lasting:
+        name = key_of(member)
+        if name != key or part in parts:
+            if key is not None:
+                yield from ended(row, parts, damaged)
+                damaged = False
+            key = name
+            parts = set()
+            row = (member.offset, 0)
+        parts.add(part)
+        row = (row[0], member.offset_data + max(member.size, 0))
+    if key is not None:
+        yield from ended(row, parts, damaged)
+    elif damaged:
         yield LOST
 
 
@@ -233,28 +251,15 @@ def complete(parts):
     return "image" in parts and len(parts) > 1
 
 
-def ended(rows, damaged):
-    """What to write when KEYs end. damaged: was there a stretch that cannot be read?"""
-    for _, parts, row in rows:
-        if damaged and complete(parts):
-            yield LOST
-        damaged = False
-        yield row
+def ended(row, parts, damaged):
+    """The rows to write when a KEY ends. damaged: was there a stretch that cannot be read?"""
+    if damaged and complete(parts):
+        yield LOST
+    yield row
 
 
-def key_and_part(member):
-    """TarInfo -> (KEY: its name up to the last dot, "image", "json", "txt" or None for what is left
-    alone). macOS puts ._0001.jpg beside 0001.jpg: names that begin with a dot are left alone."""
-    key, suffix = os.path.splitext(member.name)
-    if not member.isreg() or os.path.basename(key).startswith("."):
-        return key, None
-    return key, PARTS.get(suffix.lower())
-
-
-@functools.cache
-def empty_archive():
-    """For its settings: tarfile needs 0.1 ms to make one."""
-    return tarfile.open(fileobj=io.BytesIO(bytes(1024)))
+def key_of(member):
+    return os.path.splitext(member.name)[0]
 
 
 def tar_members(file, start, end):
@@ -263,9 +268,9 @@ def tar_members(file, start, end):
 
     tarfile reads the headers, but the loop is ours: tarfile.open(ignore_zeros=True) passes over
     damage silently, and ends for ever at a long name whose member is damaged."""
-    tar = copy.copy(empty_archive())
-    tar.pax_headers = {}
-    tar.fileobj = file
+    # What fromtarfile needs of a TarFile. A real one takes 0.1 ms to make.
+    tar = types.SimpleNamespace(fileobj=file, offset=0, encoding="utf-8", errors="surrogateescape",
+                                pax_headers={})
     position = start
     while position < end:
         file.seek(position)
@@ -290,7 +295,8 @@ class Reader:
     """A file and its index. names: the languages of texts that come without one."""
     scan = staticmethod(scan_lines)
     images = False
-    refused = COMPRESSED                                            # of the layouts of others
+    languages = ()                      # of every record, where they are the same and known
+    refused = COMPRESSED                # layouts of others that it would misread
 
     def __init__(self, path, names=(), cache=None, root=None):
         self.path = path
@@ -298,9 +304,7 @@ class Reader:
         self.names = names or languages_of_name(path)
         if other := other_layout(path, self.refused):
             raise ValueError(f"{path} {other}")
-        status = os.stat(path)
-        self.size = status.st_size
-        self.time = status.st_mtime_ns
+        self.stamp = stamp_of(os.stat(path))
         self.index = indexed(path, self.scan, cache)
 
     def __len__(self):
@@ -310,8 +314,7 @@ class Reader:
     def opened(self):
         """Opened for every record: as many shards as one likes, and a change is noticed."""
         with open(self.path, "rb") as file:
-            status = os.fstat(file.fileno())
-            if (status.st_size, status.st_mtime_ns) != (self.size, self.time):
+            if stamp_of(os.fstat(file.fileno())) != self.stamp:
                 raise ValueError("the file changed since it was indexed: start again")
             yield file
 
@@ -321,19 +324,13 @@ class Reader:
             raw = read(file, start, end - start)
         return raw.partition(b"\n")[0]                              # without blank lines at the end
 
-    def notes(self):
-        """What is odd in the first lines, in words, for the doctor."""
-        return []
-
     def where(self, i):
         return f"{self.path} line {i + 1}"
 
-    def texts(self, i):
-        """{language: [texts]} alone."""
-        return self.record(i)[1]
-
-    def json(self, i):
-        return json_object(self.line(i))
+    def record(self, i):
+        """Of text. Equal texts are the same pair, whatever file they come from."""
+        texts = self.texts(i)
+        return json.dumps(texts, sort_keys=True).encode(), texts
 
 
 class Tar(Reader):
@@ -350,38 +347,28 @@ class Tar(Reader):
         """File and KEY. The KEY is not stored but read from the first header."""
         with contextlib.suppress(OSError, ValueError), self.opened() as file:
             for member in tar_members(file, *self.row(i)):
-                return f"{self.path} KEY {printable(key_and_part(member)[0])}"
+                return f"{self.path} KEY {printable(key_of(member))}"
         return f"{self.path} record {i + 1}"
 
-    def record(self, i):
+    def parts(self, i, wanted=("image", "json", "txt")):
+        """{"image" | "json" | "txt": bytes} of a KEY."""
+        parts = {}
         with self.opened() as file:
-            members = self.members(file, i)
-            if "image" not in members:
-                raise ValueError("no image next to it (tar --sort=name keeps a KEY together), or "
-                                 "it is a link, or its header is broken")
-            return self.part(file, members["image"]), self.captions(file, members)
+            for member in filter(None, tar_members(file, *self.row(i))):
+                part = part_of(member.name)
+                if part in wanted and member.isreg():
+                    parts[part] = read(file, member.offset_data, member.size)
+        return parts
+
+    def record(self, i):
+        parts = self.parts(i)
+        if "image" not in parts:
+            raise ValueError("no image next to it (tar --sort=name keeps a KEY together), or it is "
+                             "a link, or its header is broken")
+        return parts["image"], captions_of_parts(parts, self.names)
 
     def texts(self, i):
-        with self.opened() as file:
-            return self.captions(file, self.members(file, i))
-
-    def members(self, file, i):
-        """{"image" | "json" | "txt": TarInfo} of the KEY that begins where the row says."""
-        found = {}
-        own_key = None
-        for member in filter(None, tar_members(file, *self.row(i))):
-            key, part = key_and_part(member)
-            own_key = own_key or key
-            if part and key == own_key:
-                found.setdefault(part, member)
-        return found
-
-    def captions(self, file, members):
-        texts = {k: self.part(file, members[k]) for k in members if k != "image"}
-        return beside(texts.get("json"), texts.get("txt"), self.names)
-
-    def part(self, file, member):
-        return read(file, member.offset_data, member.size)
+        return captions_of_parts(self.parts(i, ("json", "txt")), self.names)
 
 
 class Pictures(Reader):
@@ -392,11 +379,10 @@ class Pictures(Reader):
         self.path = path
         self.names = names
         found = sorted(os.path.join(folder, name) for folder, _, files in os.walk(path)
-                       for name in files if not name.startswith("."))
+                       for name in files if part_of(name))
         self.files = np.array([os.fsencode(file) for file in found if is_picture(file)])
-        self.size = sum(map(os.path.getsize, self.files))
-        tags = [file.rsplit(".", 2)[-2] for file in found if file.endswith(".txt")]
-        self.languages = sorted(set(filter(is_language, tags)))     # of all KEY.LANGUAGE.txt
+        tags = [file.split(".")[-2] for file in found if file.endswith(".txt")]
+        self.codes = sorted(set(filter(is_language, tags)))         # of all KEY.LANGUAGE.txt
 
     def __len__(self):
         return len(self.files)
@@ -408,14 +394,15 @@ class Pictures(Reader):
         return read_file(self.where(i)), self.texts(i)
 
     def texts(self, i):
-        stem = os.path.splitext(self.where(i))[0]
-        paths = {k: f"{stem}{k}" for k in (".json", ".txt", *(f".{x}.txt" for x in self.languages))}
-        texts = {k: read_file(path) for k, path in paths.items() if os.path.isfile(path)}
-        found = {k: texts[f".{k}.txt"].decode("utf-8-sig").strip() for k in self.languages
-                 if f".{k}.txt" in texts}
-        if found:                               # they go before KEY.json and KEY.txt
-            return captions(found, ())
-        return beside(texts.get(".json"), texts.get(".txt"), self.names)
+        """KEY.LANGUAGE.txt go before KEY.json and KEY.txt."""
+        key = os.path.splitext(self.where(i))[0]
+        texts = {code: read_file(f"{key}.{code}.txt") for code in self.codes
+                 if os.path.isfile(f"{key}.{code}.txt")}
+        if texts:
+            return captions({code: decoded(raw) for code, raw in texts.items()}, ())
+        parts = {part: read_file(f"{key}.{part}") for part in ("json", "txt")
+                 if os.path.isfile(f"{key}.{part}")}
+        return captions_of_parts(parts, self.names)
 
 
 class ImageLines(Reader):
@@ -423,11 +410,11 @@ class ImageLines(Reader):
     refused = OTHERS
 
     def record(self, i):
-        row = self.json(i)
+        row = json_object(self.line(i))
         return self.image(pick(row, IMAGE_KEYS)), row_captions(row, self.names)
 
     def texts(self, i):
-        return row_captions(self.json(i), self.names)
+        return row_captions(json_object(self.line(i)), self.names)
 
     def image(self, field):
         """Bytes of an image in base64, or of a file below the folder of images."""
@@ -448,33 +435,29 @@ class ImageLines(Reader):
 class PairLines(Reader):
     refused = OTHERS
 
-    def record(self, i):
-        row = self.json(i)
-        for key in PAIR_KEYS:
-            if key in row:
-                return json.dumps(row[key]).encode(), captions(row[key], ())
-        return pair([row["source_text"], row["target_text"]], self.names)
+    def texts(self, i):
+        row = json_object(self.line(i))
+        if "source_text" in row:
+            return pair([row["source_text"], row["target_text"]], self.names)
+        return captions(pick(row, PAIR_KEYS), ())
 
 
 class Columns(Reader):
     refused = OTHERS
 
-    def columns(self, i, errors="strict"):
-        return self.line(i).decode("utf-8-sig", errors).strip("\r\n").split("\t")
-
-    @functools.cached_property
-    def first(self):
-        """The first lines in columns."""
-        return [self.columns(i, "replace") for i in range(min(100, len(self)))]
-
     @functools.cached_property
     def score(self):
-        """Which of three columns is the score: the one that most often is a number."""
-        rows = [row for row in self.first if len(row) == 3]
+        """Which of three columns is the score: the one that most often is a number at first."""
+        lines = [self.line(i).decode("utf-8", "replace") for i in range(min(100, len(self)))]
+        rows = [line.split("\t") for line in lines if line.count("\t") == 2]
         return max(range(3), key=lambda k: sum(is_number(row[k]) for row in rows))
 
-    def record(self, i):
-        columns = self.columns(i)
+    @property
+    def languages(self):
+        return two_languages(self.names)
+
+    def texts(self, i):
+        columns = self.line(i).decode("utf-8-sig").strip("\r\n").split("\t")
         if len(columns) == 3:
             score = columns.pop(self.score)
             if not is_number(score):
@@ -484,28 +467,14 @@ class Columns(Reader):
             raise ValueError(f"{len(columns)} column(s), not two")
         return pair(columns, self.names)
 
-    def notes(self):
-        heads = {"source", "target", "src", "tgt", "trg", "score", *self.names}
-        found = []
-        if self.first and heads.intersection(cell.strip('"').lower() for cell in self.first[0]):
-            found.append("line 1 looks like a header")
-        for k, cells in enumerate(zip(*self.first)):
-            if sum(cell[:1] == cell[-1:] == '"' for cell in cells) > len(cells) / 2:
-                found.append(f"column {k + 1} is in quotes; they are read as text")
-            if sum(map(is_number, cells)) > len(cells) / 2:
-                score = len(self.first[0]) == 3 and k == self.score
-                use = "a score, not read" if score else "read as text"
-                found.append(f"column {k + 1} holds numbers: {use}")
-        return found
-
 
 class PlainText(Reader):
     """Files of the same length as one reader. path: NAME.*; files: {language: path}."""
 
     def __init__(self, path, files, cache=None):
         self.path = path
+        self.languages = tuple(files)
         self.files = {k: Reader(file, (k,), cache) for k, file in files.items()}
-        self.size = sum(reader.size for reader in self.files.values())
         if len(files) < 2 or len({len(reader) for reader in self.files.values()}) > 1:
             lengths = ", ".join(f"{k} has {len(lines):,} lines" for k, lines in self.files.items())
             raise ValueError(f"{path}: {lengths} (no blank ones at the end); plain text is two "
@@ -515,9 +484,8 @@ class PlainText(Reader):
     def __len__(self):
         return min(len(reader) for reader in self.files.values())
 
-    def record(self, i):
-        texts = {k: reader.line(i).decode("utf-8-sig").strip() for k, reader in self.files.items()}
-        return json.dumps(texts).encode(), captions(texts, ())
+    def texts(self, i):
+        return captions({k: decoded(reader.line(i)) for k, reader in self.files.items()}, ())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -545,7 +513,13 @@ def read_file(path):
 
 
 def is_number(text):
+    """7, -0.5, .5 and 1e-3; not nan, which is a word in some languages."""
     return bool(re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", text.strip()))
+
+
+def decoded(raw):
+    """The text of a file or line, without a byte order mark."""
+    return raw.decode("utf-8-sig").strip()
 
 
 def pick(row, keys):
@@ -562,15 +536,15 @@ def row_captions(row, names):
     return captions(pick(row, CAPTION_KEYS), named[:1] or names)
 
 
-def beside(json_text, text, names):
-    """The captions of KEY.json, or of KEY.txt where that has none; either may be None."""
-    if json_text is not None:
-        row = json_object(json_text)
-        if text is None or any(row.get(key) is not None for key in CAPTION_KEYS):
+def captions_of_parts(parts, names):
+    """The captions of KEY.json, or of KEY.txt where that has none. parts: {"json", "txt": bytes}"""
+    if "json" in parts:
+        row = json_object(parts["json"])
+        if "txt" not in parts or any(row.get(key) is not None for key in CAPTION_KEYS):
             return row_captions(row, names)
-    if text is None:
+    if "txt" not in parts:
         raise ValueError("no caption next to it: KEY.json or KEY.txt")
-    return captions(text.decode("utf-8-sig").strip(), names)
+    return captions(decoded(parts["txt"]), names)
 
 
 def json_object(text):
@@ -586,10 +560,13 @@ def type_name(value):
     return names.get(name, f"of type {name}")
 
 
+def two_languages(names):
+    """Those of two texts: of the file's name or argument, else "source" and "target"."""
+    return names if len(names) == 2 else ("source", "target")
+
+
 def pair(texts, names):
-    """Two texts without languages: those of the file's name, else "source" and "target"."""
-    languages = names if len(names) == 2 else ("source", "target")
-    return json.dumps(texts).encode(), captions(dict(zip(languages, texts)), ())
+    return captions(dict(zip(two_languages(names), texts)), ())
 
 
 def captions(value, names):

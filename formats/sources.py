@@ -22,11 +22,13 @@ import numpy as np
 from tqdm import tqdm
 
 from formats import images
-from formats.records import (IMAGE_KEYS, SUFFIXES, TOLERATED, WINDOW, BadRecord, Columns,
-                             ImageLines, PairLines, Pictures, PlainText, Tar, identity, indexed,
-                             is_language, is_picture, languages_of_name, other_layout, reading)
+from formats.records import (IMAGE_KEYS, BadRecord, Columns, ImageLines, PairLines, Pictures,
+                             PlainText, Tar, identity, indexed, is_language, is_picture,
+                             languages_of_name, other_layout, reading)
 
 NAMED = (".tar", ".tsv", ".jsonl", ".json")     # any other suffix is the language of plain text
+TOLERATED = 0.01                                # share of bad records in the last WINDOW
+WINDOW = 1000
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,16 +43,22 @@ class Source(NamedTuple):
     weight: float | None
 
 
+WRITTEN = re.compile(r"""
+    (.*?)                                       # FILE, FOLDER or GLOB
+    (?: : ([^:]+?) )?                           # :DIR
+    (?: @ ([\w,-]+) )?                          # @LANGUAGE,LANGUAGE
+    (?: = (\d+\.?\d*|\.\d+) )?                 # =WEIGHT
+    """, re.VERBOSE | re.DOTALL)
+
+
 def parse(argument):
     """FILE|FOLDER|GLOB[:DIR][@LANGUAGE[,LANGUAGE]][=WEIGHT] -> Source."""
     if argument.partition("=")[0] == "demo":
         raise ValueError("demo is the built-in data and does not mix with files: give it alone "
                          "(a folder of that name is ./demo)")
-    what, root, names, weight = argument, None, None, None
-    if not os.path.exists(argument):            # a file may be called a@b=1
-        what, root, names, weight = re.fullmatch(
-            r"(.*?)(?::([^:]+?))?(?:@([\w,-]+))?(?:=(\d+\.?\d*|\.\d+))?", argument,
-            re.DOTALL).groups()
+    what, root, names, weight = WRITTEN.fullmatch(argument).groups()
+    if os.path.exists(argument):                # a file may be called a@b=1
+        what, root, names, weight = argument, None, None, None
     files = {file for pattern in without_braces(what) for file in files_of(pattern)}
     if root and not os.path.isdir(root):
         raise ValueError(f"{argument}: no folder {root}; after : stands that of the images")
@@ -62,16 +70,17 @@ def parse(argument):
 
 def without_braces(pattern):
     """'{a,b}.tar' -> a.tar b.tar, '{008..010}.tar' -> 008.tar 009.tar 010.tar, as in a shell."""
-    braces = re.search(r"\{([^{}]*,[^{}]*|(\d+)\.\.(\d+))\}", pattern)
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if not braces or os.path.exists(pattern):
         return [pattern]
-    inside, first, last = braces.groups()
-    options = inside.split(",")
-    if first:
+    first, last, some = braces.groups()
+    if some:
+        options = some.split(",")
+    else:
+        first, last = sorted((first, last), key=int)
         options = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
-    before = pattern[:braces.start()]
-    after = pattern[braces.end():]
-    return [x for option in options for x in without_braces(before + option + after)]
+    whole = [pattern[:braces.start()] + option + pattern[braces.end():] for option in options]
+    return [simple for part in whole for simple in without_braces(part)]
 
 
 def files_of(pattern):
@@ -80,11 +89,10 @@ def files_of(pattern):
         return data_of_folder(pattern)
     if os.path.isfile(pattern):                 # also where the name looks like a pattern
         return [pattern]
-    files = [file for file in glob.glob(pattern, recursive=True)
-             if os.path.isfile(file) and not is_left_alone(os.path.basename(file))]
+    files = list(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     if not files:
         raise ValueError(f"{pattern}: no such file, and no pattern that fits any")
-    return files
+    return [file for file in files if not is_left_alone(os.path.basename(file))] or files
 
 
 def data_of_folder(folder):
@@ -119,12 +127,9 @@ def parse_all(arguments):
         source = parse(argument)
         stem, suffix = os.path.splitext(source.files[0])
         key = number
-        if len(source.files) == 1 and is_language(suffix[1:]) and not os.path.isdir(stem + suffix):
+        if len(source.files) == 1 and is_language(suffix[1:]) and os.path.isfile(stem + suffix):
             key = stem, source.languages, source.weight
-        if key in merged:
-            merged[key].files.extend(source.files)
-        else:
-            merged[key] = source
+        merged.setdefault(key, source._replace(files=[])).files.extend(source.files)
     return list(merged.values())
 
 
@@ -132,47 +137,48 @@ def open_readers(source, kind=None, languages=(), cache=None, root=None):
     """The files of a source -> readers. kind: "images", "texts" or None, which accepts both."""
     readers = []
     plain = {}                                  # NAME -> {suffix: file}
-    root = source.root or root
     for file in source.files:
         stem, suffix = os.path.splitext(file)
-        kind_of_file = suffix.lower()
+        form = suffix.lower()
         if os.path.isdir(file):
             readers.append(Pictures(file, source.languages))
-        elif kind_of_file == ".tar":
-            readers.append(Tar(file, source.languages, cache))
-        elif kind_of_file == ".tsv":
-            readers.append(Columns(file, source.languages, cache))
-        elif kind_of_file in SUFFIXES:
+        elif is_picture(file):
             raise ValueError(f"{file} is a picture: name its folder")
-        elif kind_of_file in ("", ".jsonl", ".json") or kind == "images":
-            lines = ImageLines(file, source.languages, cache, root)
-            pairs = kind == "texts" or (kind is None and not names_images(lines))
-            readers.append(PairLines(file, source.languages, cache) if pairs else lines)
+        elif form in (".tar", ".tsv"):
+            reader = Tar if form == ".tar" else Columns
+            readers.append(reader(file, source.languages, cache))
+        elif form in ("", *NAMED) or kind == "images":
+            lines = ImageLines(file, source.languages, cache, source.root or root)
+            if kind == "texts" or kind is None and not names_images(lines):
+                lines = PairLines(file, source.languages, cache)
+            readers.append(lines)
         else:
             plain.setdefault(stem, {})[suffix[1:]] = file
-    readers += plain_texts(plain, len(source.files), languages, cache)
+    readers += plain_texts(plain, source, languages, cache)
     for reader in readers:
         check(reader, kind, source.languages)
     return readers
 
 
-def plain_texts(groups, count, languages, cache):
+def plain_texts(groups, source, languages, cache):
     """{NAME: {suffix: file}} -> readers. Files whose suffix is no language are left out by name;
-    ValueError when these are all of the source, which has `count`."""
+    ValueError when these are all of the source."""
     readers = []
     left_out = []
     for stem, group in groups.items():
         codes = set(filter(is_language, group))
         pair = set(languages_of_name(f"{stem}.x"))                  # OPUS: NAME.de-en.*
-        codes = pair if pair and pair <= codes else codes
-        left_out += [group[suffix] for suffix in sorted(group.keys() - codes)]
-        wanted = {k: group[k] for k in group if k in codes and k in (languages or codes)}
+        if pair and pair <= codes:
+            codes = pair
+        left_out += [file for suffix, file in group.items() if suffix not in codes]
+        wanted = codes.intersection(languages or codes)
         if len(codes) == 1 or len(wanted) > 1:                      # one alone is refused there
-            readers.append(PlainText(f"{stem}.*", wanted, cache))
+            files = {suffix: group[suffix] for suffix in sorted(wanted)}
+            readers.append(PlainText(f"{stem}.*", files, cache))
     if left_out:
         why = other_layout(left_out[0]) or "has no suffix of a language"
         message = " ".join([left_out[0], why, *left_out[1:5]])
-        if len(left_out) == count:
+        if len(left_out) == len(source.files):
             raise ValueError(message)
         if os.environ.get("RANK", "0") == "0":                      # one process says it for all
             print("left out:", message, file=sys.stderr)
@@ -205,20 +211,24 @@ class Files:
 
     def __init__(self, sources, kind, languages=(), cache=None, root=None):
         self.only = set(languages or ())
+        self.found = set()                      # those of `only` that occur
         self.readers = []
-        self.kept = []                          # of each reader: indices of its records; None: all
+        self.kept = []                          # of each reader: the numbers of its records
+        least = 1 if kind == "images" else 2    # languages of a record
         for source in sources:
-            readers = open_readers(source, kind, self.only, cache, root)
-            least = 1 if kind == "images" else 2
-            kept = [wanted(reader, self.only, least, cache) for reader in readers]
-            self.readers += readers
-            self.kept += kept
-            if not sum(map(count, readers, kept)):
-                found = Files([source], kind, (), cache, root).languages()
+            found = set()
+            for reader in open_readers(source, kind, self.only, cache, root):
+                numbers, languages = choose(reader, self.only, least, cache)
+                self.readers.append(reader)
+                self.kept.append(numbers)
+                found.update(languages)
+            if self.only and not found:
+                others = Files([source], kind, (), cache, root).languages()
                 raise ValueError(f"{source.argument} has no record in "
-                                 f"{' '.join(sorted(self.only))}, but in {' '.join(found)}; where "
+                                 f"{' '.join(sorted(self.only))}, but in {' '.join(others)}; where "
                                  f"it names no languages itself, say FILE@en or FILE@de,en")
-        self.starts = [0, *itertools.accumulate(map(count, self.readers, self.kept))]
+            self.found |= found
+        self.starts = [0, *itertools.accumulate(map(len, self.kept))]
 
     def __len__(self):
         return self.starts[-1]
@@ -233,59 +243,57 @@ class Files:
     def find(self, index):
         """-> the reader that holds the record, and its number there."""
         k = bisect.bisect_right(self.starts, index) - 1
-        i = index - self.starts[k]
-        if self.kept[k] is not None:
-            i = int(self.kept[k][i])
-        return self.readers[k], i
+        return self.readers[k], int(self.kept[k][index - self.starts[k]])
 
     def usable(self, texts):
         """Of {language: [texts]} the languages that training shall use."""
         return [k for k in texts if not self.only or k in self.only]
 
-    def languages(self, needed=()):
-        """Codes of the languages that occur, sorted: of many records about 1,000 are read; all, as
-        long as one of `needed` is not found."""
-        found = set()
-        step = len(self) // 1000 or 1
-        for first in range(step):
-            for index in range(first, len(self), step):
-                reader, i = self.find(index)
-                with contextlib.suppress(BadRecord), reading(reader, i):
-                    found.update(self.usable(reader.texts(i)))
-            if found.issuperset(needed):
-                break
+    def languages(self):
+        """Codes of the languages that occur, sorted; of many records about 1,000 are read."""
+        found = set(self.found)
+        for index in range(0, 0 if self.only else len(self), len(self) // 1000 or 1):
+            reader, i = self.find(index)
+            with contextlib.suppress(BadRecord), reading(reader, i):
+                found.update(reader.texts(i))
         return sorted(found)
 
 
-def wanted(reader, languages, least, cache):
-    """Indices of the records that have `least` of the languages or more; None: all. Kept on disk,
-    like the index, as every record must be read to know its languages."""
+def choose(reader, languages, least, cache):
+    """-> (the numbers of the records that have `least` of the languages or more; those of the
+    languages that they have). Kept on disk, like the index: every record may have to be read."""
     if not len(reader):
         raise ValueError(f"{reader.path} has no record; is it empty or cut off?")
-    if not languages or isinstance(reader, PlainText):
-        return None
-
-    def is_wanted(i):
-        try:
-            with reading(reader, i):
-                return len(reader.texts(i).keys() & languages) >= least
-        except BadRecord:
-            return True                         # training shall count it as bad
+    if not languages or reader.languages:       # all records, or none
+        found = languages.intersection(reader.languages)
+        enough = not languages or len(found) >= least
+        return range(len(reader) if enough else 0), found if enough else ()
+    codes = sorted(languages)
 
     def scan(file, size):
+        """The numbers of records and, after them, 1 for each of the languages that was found."""
+        found = set()
         for first in range(0, len(reader), 10_000):
-            block = range(first, min(first + 10_000, len(reader)))
-            yield size * first // len(reader), np.array(list(filter(is_wanted, block)), np.int64)
+            kept = []
+            for i in range(first, min(first + 10_000, len(reader))):
+                known = languages                               # training shall count a bad one
+                with contextlib.suppress(BadRecord), reading(reader, i):
+                    known = languages.intersection(reader.texts(i))
+                    if len(known) >= least:
+                        found.update(known)
+                if len(known) >= least:
+                    kept.append(i)
+            yield size * first // len(reader), np.array(kept, np.int64)
+        yield size, np.array([code in found for code in codes], np.int64)
 
-    question = repr((sorted(languages), least, reader.names))
-    label = hashlib.sha1(question.encode()).hexdigest()[:8]
     if isinstance(reader, Pictures):            # no file whose time tells of a change
-        return np.concatenate([numbers for _, numbers in scan(None, 0)])
-    return indexed(reader.path, scan, cache, f".{label}")
-
-
-def count(reader, kept):
-    return len(reader) if kept is None else len(kept)
+        numbers = np.concatenate([part for _, part in scan(None, 0)])
+    else:
+        question = repr(("choose", codes, least, reader.names))
+        label = hashlib.sha1(question.encode()).hexdigest()[:8]
+        numbers = indexed(reader.path, scan, cache, f".{label}")
+    found = itertools.compress(codes, numbers[-len(codes):])
+    return numbers[:-len(codes)], set(found)
 
 
 class ImageFiles(Files):

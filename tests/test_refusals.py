@@ -235,7 +235,7 @@ CASES = [
      ["none/spm.model cannot be written"]),
     ("no texts", {}, OWN + "--texts none.tsv", ["none.tsv: no such file"]),
     ("a language that nobody speaks", {}, OWN + "--languages xx", ["no record in xx, but in cs de en fr ja zh"]),
-    ("one of two languages", {}, OWN + "--languages en xx", ["--languages: no record is in xx; there are cs de en"]),
+    ("one of two languages", {}, OWN + "--languages en xx", ["--languages: no record is in xx; `python data.py"]),
     ("languages of the demo", {}, TRAIN + "--languages en", ["--languages", "your own files"]),
     # sources: layouts of others, folders, braces
     *((f"{name} as {flag}", {name: content}, OWN + f"--{flag} {name}", [name, said, "Other layouts"])
