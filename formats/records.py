@@ -231,7 +231,7 @@ def tar_rows(file, size):
         part = part_of(member.name) if member.isreg() else None
         if not part:
             continue
-        name = key_of(member)
+        name = os.path.splitext(member.name)[0]
         if name != key or part in parts:
             if key is not None:
                 yield from ended(row, parts, damaged)
@@ -256,10 +256,6 @@ def ended(row, parts, damaged):
     if damaged and complete(parts):
         yield LOST
     yield row
-
-
-def key_of(member):
-    return os.path.splitext(member.name)[0]
 
 
 def tar_members(file, start, end):
@@ -347,7 +343,7 @@ class Tar(Reader):
         """File and KEY. The KEY is not stored but read from the first header."""
         with contextlib.suppress(OSError, ValueError), self.opened() as file:
             for member in tar_members(file, *self.row(i)):
-                return f"{self.path} KEY {printable(key_of(member))}"
+                return f"{self.path} KEY {printable(os.path.splitext(member.name)[0])}"
         return f"{self.path} record {i + 1}"
 
     def parts(self, i, wanted=("image", "json", "txt")):

@@ -43,22 +43,19 @@ class Source(NamedTuple):
     weight: float | None
 
 
-WRITTEN = re.compile(r"""
-    (.*?)                                       # FILE, FOLDER or GLOB
-    (?: : ([^:]+?) )?                           # :DIR
-    (?: @ ([\w,-]+) )?                          # @LANGUAGE,LANGUAGE
-    (?: = (\d+\.?\d*|\.\d+) )?                 # =WEIGHT
-    """, re.VERBOSE | re.DOTALL)
-
-
 def parse(argument):
     """FILE|FOLDER|GLOB[:DIR][@LANGUAGE[,LANGUAGE]][=WEIGHT] -> Source."""
     if argument.partition("=")[0] == "demo":
         raise ValueError("demo is the built-in data and does not mix with files: give it alone "
                          "(a folder of that name is ./demo)")
-    what, root, names, weight = WRITTEN.fullmatch(argument).groups()
-    if os.path.exists(argument):                # a file may be called a@b=1
-        what, root, names, weight = argument, None, None, None
+    what, root, names, weight = argument, None, None, None
+    if not os.path.exists(argument):            # a file may be called a@b=1
+        what, root, names, weight = re.fullmatch(
+            r"(.*?)"                            # FILE, FOLDER or GLOB
+            r"(?::([^:]+?))?"                   # :DIR
+            r"(?:@([\w,-]+))?"                  # @LANGUAGE,LANGUAGE
+            r"(?:=(\d+\.?\d*|\.\d+))?",         # =WEIGHT
+            argument, re.DOTALL).groups()
     files = {file for pattern in without_braces(what) for file in files_of(pattern)}
     if root and not os.path.isdir(root):
         raise ValueError(f"{argument}: no folder {root}; after : stands that of the images")
@@ -69,18 +66,14 @@ def parse(argument):
 
 
 def without_braces(pattern):
-    """'{a,b}.tar' -> a.tar b.tar, '{008..010}.tar' -> 008.tar 009.tar 010.tar, as in a shell."""
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    """'{008..010}.tar' -> 008.tar 009.tar 010.tar, as in a shell. (A shell does {a,b} itself.)"""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not braces or os.path.exists(pattern):
         return [pattern]
-    first, last, some = braces.groups()
-    if some:
-        options = some.split(",")
-    else:
-        first, last = sorted((first, last), key=int)
-        options = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
-    whole = [pattern[:braces.start()] + option + pattern[braces.end():] for option in options]
-    return [simple for part in whole for simple in without_braces(part)]
+    first, last = sorted(braces.groups(), key=int)
+    numbers = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    whole = [pattern.replace(braces[0], number, 1) for number in numbers]
+    return [file for one in whole for file in without_braces(one)]
 
 
 def files_of(pattern):
@@ -99,7 +92,9 @@ def data_of_folder(folder):
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
     keys = {os.path.splitext(name)[0] for name in names if is_picture(name)}
     beside = {name for name in names if os.path.splitext(name)[0] in keys}      # KEY.json
-    files = [os.path.join(folder, name) for name in names if is_data(name) and name not in beside]
+    files = [os.path.join(folder, name) for name in names
+             if (name.lower().endswith(NAMED) or name.startswith("part-"))
+             and not is_left_alone(name) and name not in beside]
     if files:
         return files
     if any(is_picture(name) for _, _, deeper in os.walk(folder) for name in deeper):
@@ -108,11 +103,6 @@ def data_of_folder(folder):
     raise ValueError(f"{folder} holds no picture and no {' '.join(NAMED)} or part-* file, but "
                      f"{some} (say FOLDER/NAME.* of plain text, FOLDER/**/*.tar of files deeper "
                      f"inside)")
-
-
-def is_data(name):
-    suffix = os.path.splitext(name)[1].lower()
-    return (suffix in NAMED or name.startswith("part-")) and not is_left_alone(name)
 
 
 def is_left_alone(name):

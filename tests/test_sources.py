@@ -95,12 +95,13 @@ def test_img2datasets_folder_of_tars_is_read_as_it_is(tmp_path):
 
 
 def test_braces_are_those_of_a_shell(tmp_path):
-    write(tmp_path, {f"a/{i:03}.tsv": "a\tb\n" for i in range(8, 12)} | {"b/x.tsv": "a\tb\n", "{1,2}.tsv": "a\tb\n"})
-    names = [os.path.relpath(file, tmp_path) for file in sources.parse(f"{tmp_path}/{{b/x,a/{{008..010}}}}.tsv").files]
-    assert names == ["a/008.tsv", "a/009.tsv", "a/010.tsv", "b/x.tsv"]
-    assert sources.parse(f"{tmp_path}/{{1,2}}.tsv").files == [f"{tmp_path}/{{1,2}}.tsv"]      # a file of that name
-    with pytest.raises(ValueError, match="a/012.tsv: no such file"):
-        sources.parse(f"{tmp_path}/a/{{010..012}}.tsv")
+    write(tmp_path, {f"{k}/{i:03}.tsv": "a\tb\n" for k in (1, 2) for i in range(8, 12)} | {"{1..2}.tsv": "a\tb\n"})
+    for pattern in ("{1..2}/{008..010}.tsv", "{2..1}/{010..008}.tsv"):
+        names = [os.path.relpath(file, tmp_path) for file in sources.parse(f"{tmp_path}/{pattern}").files]
+        assert names == [f"{k}/{i}.tsv" for k in "12" for i in ("008", "009", "010")]
+    assert sources.parse(f"{tmp_path}/{{1..2}}.tsv").files == [f"{tmp_path}/{{1..2}}.tsv"]      # a file of that name
+    with pytest.raises(ValueError, match="1/012.tsv: no such file"):
+        sources.parse(f"{tmp_path}/1/{{010..012}}.tsv")
 
 
 def test_rows_as_hugging_face_has_them(tmp_path):
@@ -108,6 +109,38 @@ def test_rows_as_hugging_face_has_them(tmp_path):
     assert captions(tmp_path) == [{"en": ["a dog"]}]                         # the picture's row, not the picture alone
     write(tmp_path, {"b.jsonl": '{"translation": {"en": "one", "de": "eins"}}\n'})
     assert data.files(data.PairFiles, [str(tmp_path / "b.jsonl")]).readers[0].texts(0) == {"en": ["one"], "de": ["eins"]}
+
+
+def test_a_picture_that_is_gone_is_one_broken_record_of_its_folder(tmp_path, capsys):
+    write(tmp_path, {"0.jpg": samples.jpeg(0), "0.txt": "a", "1.txt": "b"})
+    (tmp_path / "1.jpg").symlink_to("gone")
+    assert data.main([str(tmp_path)]) == 1 and "1.jpg: no such image" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_sentence_may_begin_with_a_bracket(tmp_path):
+    write(tmp_path, {"a.de-en.tsv": "[Beifall]\t[Applause]\n"})
+    reader = data.files(data.PairFiles, [f"{tmp_path}/a.de-en.tsv"]).readers[0]
+    assert reader.texts(0) == {"de": ["[Beifall]"], "en": ["[Applause]"]}
+
+
+def test_equal_pairs_have_one_id_in_any_layout(tmp_path):
+    write(tmp_path, {"a.de-en.tsv": "eins\tone\n", "b.jsonl": '{"text": {"en": "one", "de": "eins"}}\n'
+                     '{"translation": {"de": "eins", "en": "one"}}\n', "c.de": "eins\n", "c.en": "one\n"})
+    dataset = data.files(data.PairFiles, [f"{tmp_path}/{name}" for name in ("a.de-en.tsv", "b.jsonl", "c.*")])
+    assert len({dataset[i, data.generator(i)][2] for i in range(4)}) == 1 and len(dataset) == 4
+
+
+def test_one_broken_line_is_no_data_in_the_languages_that_are_wanted(tmp_path):
+    write(tmp_path, {"W.bn-en.tsv": "one\ttwo\nbroken\n", "a.jsonl": '{"text": {"bn": "x", "en": "y"}}\n{}\n'})
+    for name in ("W.bn-en.tsv", "a.jsonl"):
+        with pytest.raises(ValueError, match="no record in bn de, but in bn en"):
+            data.files(data.PairFiles, [f"{tmp_path}/{name}"], ["bn", "de"])
+
+
+def test_only_files_of_one_name_whose_suffixes_are_languages_become_one_source(tmp_path):
+    write(tmp_path, {f"a.{suffix}": "x\ty\n" for suffix in ("en", "de", "tsv")} | {"a.tar": bytes(1024)})
+    given = [f"{tmp_path}/a.{suffix}" for suffix in ("tar", "tsv", "en", "de")]
+    assert [len(source.files) for source in sources.parse_all(given)] == [1, 1, 2]
 
 
 def test_each_source_has_its_own_folder_of_images(tmp_path):
