@@ -42,10 +42,14 @@ HEADER = {"source", "target", "src", "tgt", "text", "caption", "captions", "sent
           "sentence2", "translation", "title"}
 
 # UTF-8 that was read as Latin-1 or Windows-1252: the first byte of a character became a letter with
-# an accent, the others became signs. Two and three signs are needed where such letters are common.
+# an accent, the others became signs.
 SIGNS = bytes(range(0x80, 0xC0)).decode("cp1252", "ignore") + "".join(map(chr, range(0x80, 0xC0)))
-WRONG = re.compile(f"\ufffd|[\xc2\xc3][{SIGNS}]|\xe2\u20ac|(?:[\xd0\xd1][{SIGNS}]|"
-                   f"[\xe0-\xe9][{SIGNS}]{{2}}){{2}}")
+WRONG = re.compile(
+    "\ufffd"                                    # what a program put for bytes it could not read
+    f"|[\xc2\xc3][{SIGNS}]"                     # Latin letters and signs
+    "|\xe2\u20ac"                               # quotes and dashes
+    f"|(?:[\xd0\xd1][{SIGNS}]){{2}}"            # two letters of Cyrillic
+    f"|(?:[\xe0-\xe9][{SIGNS}]{{2}}){{2}}")     # two characters of Asia
 DIGIT = re.compile(r"\d")
 
 # First words of the Unicode names of a script's letters: languages that are written in it alone.

@@ -7,6 +7,7 @@ written: formats/sources.py; what files may hold: formats/records.py.
 """
 import array
 import collections
+import contextlib
 import heapq
 import itertools
 import sys
@@ -48,24 +49,26 @@ class Findings:
 
     def look(self, reader, i):
         """Reads a record whole, also the image."""
+        where = reader.where(i)
         try:
             with reading(reader, i):
                 raw, captions = reader.record(i)
                 if self.pairs and len(captions) < 2:
                     raise ValueError(f"one language only ({' '.join(captions)}), not two")
                 if not self.pairs:
-                    self.look_at_image(raw, reader.where(i))
+                    self.look_at_image(raw, where)
         except BadRecord as error:
             self.add_broken(str(error))
             self.records.append(0)
             return
-        texts = [(language, text) for language, group in captions.items() for text in group]
-        self.add(reader.where(i), raw, texts)
+        self.records.append(identity(raw))
+        self.add(where, [(language, text) for language, group in captions.items()
+                         for text in group])
         if self.pairs:
             first = [(language, group[0]) for language, group in captions.items()]
-            self.checks.pairs(reader.where(i), first)
+            self.checks.pairs(where, first)
             if i == 0:
-                self.checks.first_line(reader.where(i), first)
+                self.checks.first_line(where, first)
 
     def look_at_image(self, raw, where):
         with undecoded(raw) as image:
@@ -83,8 +86,8 @@ class Findings:
         if self.broken <= 10:
             self.messages.append(message)
 
-    def add(self, where, raw, texts):
-        self.records.append(identity(raw))
+    def add(self, where, texts):
+        """texts: [(language, text)] of a good record."""
         self.languages.update({language for language, _ in texts})
         self.texts_per_record[len(texts)] += 1
         new = []
@@ -106,9 +109,7 @@ class Findings:
             self.report_good()
         for line in self.checks.warnings():
             show("warning", line)
-        show("broken", f"{self.broken:,} records" if self.broken else "none")
-        for message in self.messages:
-            show("", message)
+        show("broken", f"{self.broken:,} records" if self.broken else "none", *self.messages)
 
     def report_good(self):
         show("languages", "  ".join(f"{k} {n:,}" for k, n in sorted(self.languages.items())))
@@ -117,21 +118,16 @@ class Findings:
         show("images", "  ".join(f"{k} {n:,}" for k, n in self.formats.most_common()))
         show(self.unit, self.lengths_line())
         again, before = self.twins()
+        texts = len(self.texts) - len(np.unique(np.asarray(self.texts)))
         show("exact duplicates",
              f"{len(again):,} of {len(self.records) - self.records.count(0):,} "
-             f"{'pairs' if self.pairs else 'images'}, "
-             f"{repeated(self.texts):,} of {len(self.texts):,} texts")
-        for k in np.argsort(again)[:3]:
-            show("duplicate", f"{self.where(again[k])} = {self.where(before[k])}")
-        label = "longest"
-        for length, where, language, text in self.top:
-            show(label, f"{length}  {where}  {language}: {short(text)}")
-            label = ""
-        label = "samples"
-        for where, texts in self.samples:
-            shown = "  ".join(f"{language}: {short(text)}" for language, text in texts[:3])
-            show(label, f"{where}  {shown}")
-            label = ""
+             f"{'pairs' if self.pairs else 'images'}, {texts:,} of {len(self.texts):,} texts")
+        show("duplicate", *(f"{self.where(again[k])} = {self.where(before[k])}"
+                            for k in np.argsort(again)[:3]))
+        show("longest", *(f"{length}  {where}  {language}: {short(text)}"
+                          for length, where, language, text in self.top))
+        show("samples", *("  ".join([where, *(f"{k}: {short(text)}" for k, text in texts[:3])])
+                          for where, texts in self.samples))
 
     def twins(self):
         """-> (numbers of the records that are there before, numbers of those they repeat)."""
@@ -158,23 +154,19 @@ class Findings:
         return f"{line}; {cut:.2f} % are cut at {self.longest}"
 
 
-def show(label, text):
-    for line in textwrap.wrap(text, 100, break_on_hyphens=False):
-        print(f"  {label:16} {line}")
-        label = ""
+def show(label, *texts):
+    for text in texts:
+        for line in textwrap.wrap(text, 100, break_on_hyphens=False):
+            print(f"  {label:16} {line}")
+            label = ""
 
 
 def short(text, most=60):
     return text if len(text) <= most else f"{text[:most - 3]}..."
 
 
-def repeated(identities):
-    """How many are there a second time or more."""
-    return len(identities) - len(np.unique(np.asarray(identities)))
-
-
-def bar(items, total, name=None):
-    return tqdm(items, desc=name, total=total, leave=False, disable=not sys.stderr.isatty())
+def bar(items, name):
+    return tqdm(items, desc=name, leave=False, disable=not sys.stderr.isatty())
 
 
 def compare(sources):
@@ -208,7 +200,7 @@ def doctor(arguments, encode, longest, cache, image_root, listing=None):
                 continue
             findings = Findings(some, encode, longest, listing)
             for reader in some:
-                for i in bar(range(len(reader)), len(reader), reader.path):
+                for i in bar(range(len(reader)), reader.path):
                     findings.look(reader, i)
                 findings.checks.end_of_file()
                 if not len(reader):
@@ -227,12 +219,9 @@ def every_text(arguments, cache, most=2_000_000):
                for reader in open_readers(source, cache=cache)]
     step = max(1, sum(map(len, readers)) // most)
     for reader in readers:
-        wanted = range(0, len(reader), step)
-        for i in bar(wanted, len(wanted), reader.path):
-            try:
-                with reading(reader, i):
-                    captions = reader.texts(i)
-            except BadRecord:
-                continue
+        for i in bar(range(0, len(reader), step), reader.path):
+            captions = {}
+            with contextlib.suppress(BadRecord), reading(reader, i):
+                captions = reader.texts(i)
             for language, texts in captions.items():
                 yield from ((language, text) for text in texts)

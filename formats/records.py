@@ -8,7 +8,7 @@
                  are in the "language" or "lang" of the row
     PairLines    {"text" | "translation": {language: text}},
                  or {"source_text": text, "target_text": text}
-    Columns      two columns with a tab between, or three: one of them a score (WikiMatrix)
+    Columns      two columns with a tab between, or three: the first is a score (WikiMatrix)
     PlainText    NAME.en NAME.de ...: line i of each says the same
 
 reader.record(i) -> (bytes of the image, or bytes that identify a pair; {language: [texts]}).
@@ -17,8 +17,8 @@ in the cache folder, and a record is read from its offset: all orders of reading
 """
 import base64
 import contextlib
-import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -202,14 +202,9 @@ LOST = (0, 0)                       # stands for records of which nothing is lef
 
 
 def scan_tar(file, size):
-    """A row for every KEY, in pieces of some thousand rows."""
-    rows = []
-    for row in tar_rows(file, size):
-        rows.append(row)
-        if len(rows) == 10_000:
-            yield file.tell(), np.array(rows)
-            rows.clear()
-    yield size, np.array(rows, np.int64)
+    rows = tar_rows(file, size)
+    while some := list(itertools.islice(rows, 10_000)):
+        yield file.tell(), np.array(some)
 
 
 def tar_rows(file, size):
@@ -291,7 +286,7 @@ class Reader:
     """A file and its index. names: the languages of texts that come without one."""
     scan = staticmethod(scan_lines)
     images = False
-    languages = ()                      # of every record, where they are the same and known
+    same_languages = ()                 # those of every record, where they are the same
     refused = COMPRESSED                # layouts of others that it would misread
 
     def __init__(self, path, names=(), cache=None, root=None):
@@ -441,24 +436,16 @@ class PairLines(Reader):
 class Columns(Reader):
     refused = OTHERS
 
-    @functools.cached_property
-    def score(self):
-        """Which of three columns is the score: the one that most often is a number at first."""
-        lines = [self.line(i).decode("utf-8", "replace") for i in range(min(100, len(self)))]
-        rows = [line.split("\t") for line in lines if line.count("\t") == 2]
-        return max(range(3), key=lambda k: sum(is_number(row[k]) for row in rows))
-
     @property
-    def languages(self):
+    def same_languages(self):
         return two_languages(self.names)
 
     def texts(self, i):
         columns = self.line(i).decode("utf-8-sig").strip("\r\n").split("\t")
         if len(columns) == 3:
-            score = columns.pop(self.score)
+            score = columns.pop(0)
             if not is_number(score):
-                raise ValueError(f"of three columns one is a score, but column {self.score + 1} "
-                                 f"is {score[:40]!r}")
+                raise ValueError(f"of three columns the first is a score, not {score[:40]!r}")
         if len(columns) != 2:
             raise ValueError(f"{len(columns)} column(s), not two")
         return pair(columns, self.names)
@@ -469,7 +456,7 @@ class PlainText(Reader):
 
     def __init__(self, path, files, cache=None):
         self.path = path
-        self.languages = tuple(files)
+        self.same_languages = tuple(files)
         self.files = {k: Reader(file, (k,), cache) for k, file in files.items()}
         if len(files) < 2 or len({len(reader) for reader in self.files.values()}) > 1:
             lengths = ", ".join(f"{k} has {len(lines):,} lines" for k, lines in self.files.items())

@@ -254,8 +254,8 @@ def choose(reader, languages, least, cache):
     languages that they have). Kept on disk, like the index: every record may have to be read."""
     if not len(reader):
         raise ValueError(f"{reader.path} has no record; is it empty or cut off?")
-    if not languages or reader.languages:       # all records, or none
-        found = languages.intersection(reader.languages)
+    if not languages or reader.same_languages:  # all records, or none
+        found = languages.intersection(reader.same_languages)
         enough = not languages or len(found) >= least
         return range(len(reader) if enough else 0), found if enough else ()
     codes = sorted(languages)

@@ -165,12 +165,12 @@ def test_a_suffix_that_is_no_language_is_left_out_by_name(tmp_path, capsys):
     assert data.files(data.PairFiles, [f"{tmp_path}/my-set.*"]).languages() == ["ceb", "pt-BR", "zh_Hans"]
 
 
-def test_the_score_of_three_columns_is_never_a_sentence(tmp_path):
-    rows = [("ja", "yes", "1.07"), ("7", "seven", "0.9"), ("zwei", "two", "no score")]
+def test_the_score_of_three_columns_is_the_first(tmp_path):
+    rows = [("1.07", "ja", "yes"), ("-5e-1", "7", "seven"), ("zwei", "two", "0.3")]
     write(tmp_path, {"a.tsv": "".join("\t".join(row) + "\n" for row in rows)})
     reader = records.Columns(str(tmp_path / "a.tsv"), ("de", "en"))
     assert [reader.texts(i) for i in (0, 1)] == [{"de": ["ja"], "en": ["yes"]}, {"de": ["7"], "en": ["seven"]}]
-    assert "column 3 is 'no score'" in list(found(reader).values())[2]
+    assert "of three columns the first is a score, not 'zwei'" in list(found(reader).values())[2]
 
 
 def test_languages_are_found_in_few_records_and_a_rare_one_when_it_is_asked_for(tmp_path):
