@@ -124,7 +124,7 @@ def other_layout(path, layouts=OTHERS):
 # The index: where records start
 # --------------------------------------------------------------------------------------------------
 
-VERSION = 0x344D4C4343              # of the index; also tells an index from another file
+VERSION = 0x354D4C4343              # of the index; also tells an index from another file
 
 
 def indexed(path, scan, cache=None, label=""):
@@ -197,8 +197,10 @@ def scan_lines(file, size):
     yield position, np.array([size])
 
 
-# A row of a tar's index: where the first header of a KEY starts and where its last member ends.
-LOST = (0, 0)                       # stands for records of which nothing is left
+# A row of a tar's index: where the first header of a KEY starts; where image, JSON and text start and
+# how long they are, 0 where there is none. LOST stands for records of which nothing is left.
+ROW = ("image", "json", "txt")
+LOST = (0, 0, 0, 0, 0, 0, 0)
 
 
 def scan_tar(file, size):
@@ -212,43 +214,42 @@ def tar_rows(file, size):
     stretch took members of the KEY before it, of the KEY after it, or whole records: if both KEYs
     are complete, a row LOST stands for what is gone. So damage is counted, once."""
     key = None
-    parts = set()                               # of this KEY so far
-    row = LOST
+    row = list(LOST)
     damaged = False
     for member in tar_members(file, 0, size):
         if member is None:
-            if complete(parts):                 # not hurt itself
+            if complete(row):                   # not hurt itself
                 yield row
                 key = None
-                parts = set()
+                row = list(LOST)
             damaged = True
             continue
         part = part_of(member.name) if member.isreg() else None
         if not part:
             continue
         name = os.path.splitext(member.name)[0]
-        if name != key or part in parts:
+        place = 1 + 2 * ROW.index(part)
+        if name != key or row[place]:           # or a part that it has already
             if key is not None:
-                yield from ended(row, parts, damaged)
+                yield from ended(row, damaged)
                 damaged = False
             key = name
-            parts = set()
-            row = (member.offset, 0)
-        parts.add(part)
-        row = (row[0], member.offset_data + max(member.size, 0))
+            row = [member.offset, *LOST[1:]]
+        row[place:place + 2] = member.offset_data, member.size
     if key is not None:
-        yield from ended(row, parts, damaged)
+        yield from ended(row, damaged)
     elif damaged:
         yield LOST
 
 
-def complete(parts):
-    return "image" in parts and len(parts) > 1
+def complete(row):
+    _, image, _, json, _, txt, _ = row
+    return image and (json or txt)
 
 
-def ended(row, parts, damaged):
+def ended(row, damaged):
     """The rows to write when a KEY ends. damaged: was there a stretch that cannot be read?"""
-    if damaged and complete(parts):
+    if damaged and complete(row):
         yield LOST
     yield row
 
@@ -321,7 +322,7 @@ class Reader:
     def record(self, i):
         """Of text. Equal texts are the same pair, whatever file they come from."""
         texts = self.texts(i)
-        return json.dumps(texts, sort_keys=True).encode(), texts
+        return repr(sorted(texts.items())).encode(), texts
 
 
 class Tar(Reader):
@@ -329,27 +330,26 @@ class Tar(Reader):
     images = True
 
     def __len__(self):
-        return len(self.index) // 2
+        return len(self.index) // len(LOST)
 
     def row(self, i):
-        return self.index[2 * i:2 * i + 2].tolist()
+        return self.index[len(LOST) * i:len(LOST) * (i + 1)].tolist()
 
     def where(self, i):
         """File and KEY. The KEY is not stored but read from the first header."""
+        row = self.row(i)
         with contextlib.suppress(OSError, ValueError), self.opened() as file:
-            for member in tar_members(file, *self.row(i)):
+            for member in tar_members(file, row[0], row[0] + any(row)):
                 return f"{self.path} KEY {printable(os.path.splitext(member.name)[0])}"
         return f"{self.path} record {i + 1}"
 
-    def parts(self, i, wanted=("image", "json", "txt")):
+    def parts(self, i, wanted=ROW):
         """{"image" | "json" | "txt": bytes} of a KEY."""
-        parts = {}
+        row = self.row(i)
         with self.opened() as file:
-            for member in filter(None, tar_members(file, *self.row(i))):
-                part = part_of(member.name)
-                if part in wanted and member.isreg():
-                    parts[part] = read(file, member.offset_data, member.size)
-        return parts
+            return {part: read(file, start, length)
+                    for part, start, length in zip(ROW, row[1::2], row[2::2])
+                    if start and part in wanted}
 
     def record(self, i):
         parts = self.parts(i)

@@ -170,7 +170,7 @@ def expected_pairs(path):
         with contextlib.suppress(UnicodeDecodeError):
             columns = line.decode().strip("\r\n").split("\t")
             if len(columns) == 2 and good_texts(columns):
-                result.append(json.dumps({"source": columns[:1], "target": columns[1:]}).encode())
+                result.append(repr([("source", columns[:1]), ("target", columns[1:])]).encode())
                 continue
         result.append(None)
     return result
