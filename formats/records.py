@@ -197,8 +197,8 @@ def scan_lines(file, size):
     yield position, np.array([size])
 
 
-# A row of a tar's index: where the first header of a KEY starts; where image, JSON and text start and
-# how long they are, 0 where there is none. LOST stands for records of which nothing is left.
+# A row of a tar's index: where the first header of a KEY starts; where image, JSON and text start
+# and how long they are, 0 where there is none. LOST: records of which nothing is left.
 ROW = ("image", "json", "txt")
 LOST = (0, 0, 0, 0, 0, 0, 0)
 
@@ -338,8 +338,9 @@ class Tar(Reader):
     def where(self, i):
         """File and KEY. The KEY is not stored but read from the first header."""
         row = self.row(i)
+        end = row[0] + 512 if any(row) else 0                       # of LOST there is none
         with contextlib.suppress(OSError, ValueError), self.opened() as file:
-            for member in tar_members(file, row[0], row[0] + any(row)):
+            for member in filter(None, tar_members(file, row[0], end)):
                 return f"{self.path} KEY {printable(os.path.splitext(member.name)[0])}"
         return f"{self.path} record {i + 1}"
 

@@ -92,9 +92,7 @@ def data_of_folder(folder):
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
     keys = {os.path.splitext(name)[0] for name in names if is_picture(name)}
     beside = {name for name in names if os.path.splitext(name)[0] in keys}      # KEY.json
-    files = [os.path.join(folder, name) for name in names
-             if (name.lower().endswith(NAMED) or name.startswith("part-"))
-             and not is_left_alone(name) and name not in beside]
+    files = [os.path.join(folder, name) for name in names if is_data(name) and name not in beside]
     if files:
         return files
     if any(is_picture(name) for _, _, deeper in os.walk(folder) for name in deeper):
@@ -103,6 +101,11 @@ def data_of_folder(folder):
     raise ValueError(f"{folder} holds no picture and no {' '.join(NAMED)} or part-* file, but "
                      f"{some} (say FOLDER/NAME.* of plain text, FOLDER/**/*.tar of files deeper "
                      f"inside)")
+
+
+def is_data(name):
+    known = name.lower().endswith(NAMED) or name.startswith("part-")
+    return known and not is_left_alone(name)
 
 
 def is_left_alone(name):
@@ -208,10 +211,10 @@ class Files:
         for source in sources:
             found = set()
             for reader in open_readers(source, kind, self.only, cache, root):
-                numbers, languages = choose(reader, self.only, least, cache)
+                kept, of_reader = choose(reader, self.only, least, cache)
                 self.readers.append(reader)
-                self.kept.append(numbers)
-                found.update(languages)
+                self.kept.append(kept)
+                found.update(of_reader)
             if self.only and not found:
                 others = Files([source], kind, (), cache, root).languages()
                 raise ValueError(f"{source.argument} has no record in "
@@ -241,8 +244,10 @@ class Files:
 
     def languages(self):
         """Codes of the languages that occur, sorted; of many records about 1,000 are read."""
-        found = set(self.found)
-        for index in range(0, 0 if self.only else len(self), len(self) // 1000 or 1):
+        if self.only:
+            return sorted(self.found)
+        found = set()
+        for index in range(0, len(self), len(self) // 1000 or 1):
             reader, i = self.find(index)
             with contextlib.suppress(BadRecord), reading(reader, i):
                 found.update(reader.texts(i))
@@ -254,10 +259,11 @@ def choose(reader, languages, least, cache):
     languages that they have). Kept on disk, like the index: every record may have to be read."""
     if not len(reader):
         raise ValueError(f"{reader.path} has no record; is it empty or cut off?")
-    if not languages or reader.same_languages:  # all records, or none
+    if not languages:
+        return range(len(reader)), ()
+    if reader.same_languages:                   # all records, or none
         found = languages.intersection(reader.same_languages)
-        enough = not languages or len(found) >= least
-        return range(len(reader) if enough else 0), found if enough else ()
+        return (range(len(reader)), found) if len(found) >= least else ((), ())
     codes = sorted(languages)
 
     def scan(file, size):
