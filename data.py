@@ -446,7 +446,8 @@ def streams(args, size):
     else:
         images = files(ImageFiles, args.images, size, args.languages, args.cache,
                        args.image_root)
-    texts = None
+    texts = None                                # also where --no-parallel_text is given
+    # The demo's images bring the demo's parallel text, unless there are texts of one's own.
     if args.parallel_text and (args.texts == ["demo"] or demo and not args.texts):
         texts = DemoParallel(scenes=args.text_scenes)
     elif args.parallel_text and args.texts:

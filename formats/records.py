@@ -96,8 +96,8 @@ def is_language(suffix):
 
 
 def part_of(name):
-    """"image", "json" or "txt"; None for what is left alone. macOS puts ._0001.jpg beside 0001.jpg:
-    names that begin with a dot are left alone."""
+    """A name -> "image", "json" or "txt"; None for what is left alone, as are names that begin with a
+    dot: macOS puts ._0001.jpg beside 0001.jpg."""
     if os.path.basename(name).startswith("."):
         return None
     return PARTS.get(os.path.splitext(name)[1].lower())
@@ -136,7 +136,7 @@ def indexed(path, scan, cache=None, label=""):
     name = f".{os.path.basename(path)}{label}.index"                # hidden: no pattern names it
     place = os.path.join(os.path.dirname(path), name)
     if cache:                                                       # files may have the same name
-        place = os.path.join(cache, hashlib.sha1(path.encode()).hexdigest()[:12] + name)
+        place = os.path.join(cache, hashlib.sha1(os.fsencode(path)).hexdigest()[:12] + name)
     stamp = stamp_of(os.stat(path))
     with contextlib.suppress(OSError):                              # there may be no index yet
         numbers = mapped(place)

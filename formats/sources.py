@@ -120,9 +120,12 @@ def parse_all(arguments):
         source = parse(argument)
         stem, suffix = os.path.splitext(source.files[0])
         key = number
-        if len(source.files) == 1 and is_language(suffix[1:]) and os.path.isfile(stem + suffix):
+        if len(source.files) == 1 and is_language(suffix[1:]) and os.path.isfile(source.files[0]):
             key = stem, source.languages, source.weight
-        merged.setdefault(key, source._replace(files=[])).files.extend(source.files)
+        if key in merged:
+            merged[key].files.extend(source.files)
+        else:
+            merged[key] = source
     return list(merged.values())
 
 

@@ -116,6 +116,13 @@ def test_the_index_is_made_once_and_again_when_the_file_changed(tmp_path):
     assert len({first, second, third, fourth, opened(6)}) == 5
 
 
+def test_a_name_that_is_not_utf8_has_an_index_in_the_cache_too(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/m\xfcnchen.tsv")
+    with open(path, "w") as file:
+        file.write("a\tb\n")
+    assert len(records.Columns(path)) == len(records.Columns(path, cache=str(tmp_path / "cache"))) == 1
+
+
 def test_two_processes_that_index_at_once_both_read_a_whole_index(tmp_path):
     path = bench_data.write_pairs(tmp_path / "a.tsv", 0, 300_000)
     code = f"from formats import records; print(len(records.Columns({str(path)!r})))"
