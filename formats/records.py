@@ -96,8 +96,8 @@ def is_language(suffix):
 
 
 def part_of(name):
-    """A name -> "image", "json" or "txt"; None for what is left alone, as are names that begin with a
-    dot: macOS puts ._0001.jpg beside 0001.jpg."""
+    """A name -> "image", "json" or "txt"; None for what is left alone. That are also names that
+    begin with a dot: macOS puts ._0001.jpg beside 0001.jpg."""
     if os.path.basename(name).startswith("."):
         return None
     return PARTS.get(os.path.splitext(name)[1].lower())
