@@ -212,18 +212,16 @@ class Files:
         self.kept = []                          # of each reader: the numbers of its records
         least = 1 if kind == "images" else 2    # languages of a record
         for source in sources:
-            found = set()
             for reader in open_readers(source, kind, self.only, cache, root):
-                kept, of_reader = choose(reader, self.only, least, cache)
+                kept, found = choose(reader, self.only, least, cache)
                 self.readers.append(reader)
                 self.kept.append(kept)
-                found.update(of_reader)
-            if self.only and not found:
-                others = Files([source], kind, (), cache, root).languages()
-                raise ValueError(f"{source.argument} has no record in "
-                                 f"{' '.join(sorted(self.only))}, but in {' '.join(others)}; where "
-                                 f"it names no languages itself, say FILE@en or FILE@de,en")
-            self.found |= found
+                self.found.update(found)
+        if self.only and not self.found:
+            others = Files(sources, kind, (), cache, root).languages()
+            raise ValueError(f"{' '.join(source.argument for source in sources)}: no record in "
+                             f"{' '.join(sorted(self.only))}, but in {' '.join(others)}; where a "
+                             f"file names no languages itself, say FILE@en or FILE@de,en")
         self.starts = [0, *itertools.accumulate(map(len, self.kept))]
 
     def __len__(self):
