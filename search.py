@@ -97,7 +97,7 @@ def search(args, device):
         raise ValueError(f"--top {args.top} must be at least 1")
     check_queries(args.queries)
     found = find_pictures(args.images)
-    model, tokenizer = evaluate.load(args.ckpt, device)
+    model, tokenizer, _ = evaluate.load(args.ckpt, device)
     pictures, vectors = encode_pictures(model, found)
     cosines, images = best_images(model, tokenizer, args.queries, vectors, args.top)
     page = [HEAD]

@@ -376,7 +376,7 @@ class Pretraining(nn.Module):
 
     def report(self):
         """Recall on the demo's test sets -> results.json."""
-        return evaluate.demo_report(self.model, self.tokenizer, progress=sys.stderr.isatty())
+        return evaluate.demo_report(self.model, self.tokenizer)
 
 
 def masked_sentences(batch):
