@@ -75,13 +75,17 @@ LOG_ODDS_WEIGHT = 0.25                  # of the match head's log-odds in re-ran
 bar = functools.partial(tqdm, leave=False, disable=None)    # progress, where stderr is a terminal
 
 
-def read_rows(read, numbers, bad):
-    """Yields read(number) of each; why a record cannot be read goes to the list `bad`."""
-    for number in numbers:
+def readable(read, items, good, bad):
+    """Yields read(item), one at a time. The item goes to the list `good`; where it cannot be read,
+    the reason goes to the list `bad`."""
+    for item in items:
         try:
-            yield read(number)
+            result = read(item)
         except BadRecord as error:
             bad.append(str(error))
+            continue
+        good.append(item)
+        yield result
 
 
 def report_bad(bad, total):
@@ -103,7 +107,7 @@ def evaluation_set(arguments, languages=None, cache=None, root=None):
         return emoji.split(arguments[0].removeprefix("demo").removeprefix(":"))
     dataset = ImageFiles(parse_all(arguments), None, languages, cache, root)
     bad = []
-    rows = list(read_rows(dataset.row, bar(range(len(dataset)), "captions"), bad))
+    rows = list(readable(dataset.row, bar(range(len(dataset)), "captions"), [], bad))
     report_bad(bad, len(dataset))
     return rows
 
@@ -112,23 +116,16 @@ def read_image(row):
     return row["image"]() if callable(row["image"]) else row["image"]
 
 
-def readable(rows, good, bad):
-    """Yields the images of rows, one at a time. Their rows go to the list `good`."""
-    for row in rows:
-        for image in read_rows(read_image, [row], bad):
-            good.append(row)
-            yield image
-
-
 def small_rows(rows, size):
     """Rows for a validation, which comes often: the first SMALL images are read here and kept
     resized (150 KB each at 224 pixels); the others are read each time."""
     good = []
     bad = []
-    arrays = [eval_transform(image, size) for image in readable(rows[:SMALL], good, bad)]
+    images = readable(read_image, rows[:SMALL], good, bad)
+    arrays = [eval_transform(image, size).transpose(1, 2, 0) for image in images]
     report_bad(bad, len(rows))
-    images = [Image.fromarray(array.transpose(1, 2, 0)) for array in arrays]     # (s, s, 3)
-    return [row | {"image": image} for row, image in zip(good, images)] + rows[SMALL:]
+    small = [row | {"image": Image.fromarray(array)} for row, array in zip(good, arrays)]
+    return small + rows[SMALL:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,14 +153,6 @@ def join(views):
     states = torch.cat([view.states.to(dtype) for view in views])            # (T, D)
     starts = offsets(torch.cat([view.starts.diff() for view in views]))      # (I+1,)
     return View(states, starts, torch.cat([view.vectors for view in views]), None)
-
-
-def select(view, index):
-    """Sequences `index` (ascending) of a View as a packed View; all of them are no copy."""
-    if len(index) == len(view.vectors):
-        return view
-    rows, starts = gather_sequences(view.starts, index)
-    return View(view.states[rows], starts, view.vectors[index], None)        # (T, D) -> (T', D)
 
 
 def image_batches(model, images):
@@ -204,13 +193,16 @@ class Encoded:
 
     def select(self, index):
         """Those of the numbers `index` (ascending) as one packed View."""
-        return select(self.view, index) if self.view else join(list(self.again(index.tolist())))
+        if not self.view:
+            return join(list(self.again(index.tolist())))
+        rows, starts = gather_sequences(self.view.starts, index)
+        return View(self.view.states[rows], starts, self.vectors[index], None)   # (T, D) -> (T', D)
 
 
 def encode_images(model, rows, bad):
     """-> (rows whose image can be read, these images Encoded)."""
     good = []
-    images = Encoded(image_batches(model, readable(rows, good, bad)),
+    images = Encoded(image_batches(model, readable(read_image, rows, good, bad)),
                      lambda index: image_batches(model, (read_image(good[i]) for i in index)))
     return good, images
 
@@ -235,6 +227,7 @@ class Captions(NamedTuple):
     image without a caption is no candidate."""
     texts: Encoded                      # the U different captions and false captions
     place: torch.Tensor                 # (n,) where each caption is among them
+    label: torch.Tensor                 # (n,) equal for captions that read the same
     false_place: torch.Tensor           # (I,) where each false caption is; (0,) in a set without
     owner: torch.Tensor                 # (n,) the image that each caption describes, ascending
     images: torch.Tensor                # (I,) each image's number in the whole set
@@ -251,9 +244,11 @@ def encode_captions(model, tokenizer, rows, images, language):
         if "false_captions" in row:
             false.append(row["false_captions"][language])
     encoded, place = encode_texts(model, tokenizer, texts + false)
+    first = {text: i for i, text in reversed(list(enumerate(texts)))}
+    label = torch.tensor([first[text] for text in texts], device=place.device)              # (n,)
     owner = torch.tensor(owner, device=place.device)                         # (n,)
     numbers = torch.tensor(numbers, device=place.device)                     # (I,)
-    return Captions(encoded, place[:len(texts)], place[len(texts):], owner, numbers,
+    return Captions(encoded, place[:len(texts)], label, place[len(texts):], owner, numbers,
                     images.vectors[numbers])
 
 
@@ -303,7 +298,7 @@ def rank_all(captions, direction, K):
             cosine = cosine[captions.place].T                                # (U, b) -> (b, n)
         best = cosine.topk(min(K, cosine.shape[1]), dim=1)                   # (b, K)
         part = {"best": best.indices, "cosine": best.values}
-        for suffix, label in (("", caption), ("_equal", captions.place)):
+        for suffix, label in (("", caption), ("_equal", captions.label)):
             known = torch.stack([label, captions.owner])                     # (2, n)
             if direction == "t2i":
                 right = right_answers(label[block], known, image)            # (b, I)
@@ -339,7 +334,7 @@ def new_names(rows, language, trained):
     for row in rows:
         texts = [row["captions"].get(other, []) for other in trained if other != language]
         others = {text.casefold() for text in itertools.chain(*texts)}
-        new += [text.casefold() not in others for text in row["captions"][language]]
+        new += [text.casefold() not in others for text in row["captions"].get(language, [])]
     return new
 
 
@@ -378,20 +373,17 @@ def both_scores(model, captions, images, pairs, cosine):
 
 def rerank(model, captions, images, found):
     """found {direction: rank_all's} gets "reranked_" and "matched_": the scores of the K best."""
-    t2i, i2t = found["t2i"], found["i2t"]
-    # The candidates of both directions, captions by images, are read together: pairs that both
-    # have are read once.
-    best_images, best_captions = t2i["best"], i2t["best"]                    # (n, K), (I, K)
-    image = torch.arange(len(best_captions), device=best_captions.device)    # (I,)
-    text = [captions.place[:, None].expand_as(best_images), captions.place[best_captions]]
-    image = [best_images, image[:, None].expand_as(best_captions)]
-    cosine = [t2i["cosine"], i2t["cosine"]]
+    # Both directions are read together, so that pairs which both have are read once.
+    best = [x["best"] for x in found.values()]                               # (n, K), (I, K)
+    image = torch.arange(len(captions.images), device=captions.place.device)                # (I,)
+    text = captions.place[:, None].expand_as(best[0]), captions.place[best[1]]
+    image = best[0], image[:, None].expand_as(best[1])
+    cosine = [x["cosine"] for x in found.values()]
     text, image, cosine = (torch.cat([x.flatten() for x in both]) for both in (text, image, cosine))
-    scores = both_scores(model, captions, images, (text, image), cosine)
-    for name, values in scores.items():                                      # (R,)
-        forth, back = values.split([best_images.numel(), best_captions.numel()])
-        t2i[name] = forth.view_as(best_images)                               # (n, K)
-        i2t[name] = back.view_as(best_captions)                              # (I, K)
+    for name, values in both_scores(model, captions, images, (text, image), cosine).items():
+        parts = values.split([x.numel() for x in best])                      # (n K,), (I K,)
+        for x, part in zip(found.values(), parts):
+            x[name] = part.view_as(x["best"])
 
 
 def false_caption_scores(model, captions, images):
@@ -454,9 +446,9 @@ def retrieval(model, tokenizer, rows, languages=None, rerank=16, trained=(), com
     try:
         good, images = encode_images(model.eval(), bar(rows, "images"), bad)
         report_bad(bad, len(rows))
-        left = {k for row in good for k in row["captions"] if row["captions"][k]}
+        languages = [k for k in languages if any(row["captions"].get(k) for row in good)]
         return {k: language_scores(model, tokenizer, good, images, k, rerank, trained)
-                for k in bar(languages, "languages") if k in left}
+                for k in bar(languages, "languages")}
     finally:
         model.train(training)
 
@@ -618,7 +610,8 @@ def lost_pairs(model, tokenizer, reader, bad):
     worst = collections.defaultdict(list)
     read = functools.partial(row_of, reader)
     for first in bar(range(0, len(reader), BATCH), reader.path):
-        rows = list(read_rows(read, range(first, min(first + BATCH, len(reader))), bad))
+        block = range(first, min(first + BATCH, len(reader)))
+        rows = list(readable(read, block, [], bad))
         if reader.images:
             rows, images = encode_images(model, rows, bad)
         if not rows:

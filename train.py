@@ -321,7 +321,9 @@ class Pretraining(nn.Module):
             self.chance[f"{stream}_mask"] = math.log(tokenizer.size)
         self.validation = []
         if validation_rows:
-            self.validation_rows = cache(validation_rows)       # made when they are first needed
+            # Made when they are first needed.
+            size = model.config.image_size
+            self.validation_rows = cache(lambda: evaluate.small_rows(validation_rows(), size))
             self.languages = languages
             groups = evaluate.GROUPS if languages else ("all",)
             self.validation = [f"val_{group}_{key}" for group in groups for key in RECALLS]
