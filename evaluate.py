@@ -180,6 +180,7 @@ class Encoded:
 
     def __init__(self, views, again):
         """views: of all, a batch at a time; again: numbers of some -> their Views likewise."""
+        # Of a set that is too large all states are dropped: the vectors alone are small, 1 KB each.
         vectors = []
         kept = []
         room = STATES
@@ -298,6 +299,7 @@ def rank_all(captions, direction, K):
             cosine = cosine[captions.place].T                                # (U, b) -> (b, n)
         best = cosine.topk(min(K, cosine.shape[1]), dim=1)                   # (b, K)
         part = {"best": best.indices, "cosine": best.values}
+        # A caption's label is its number, or one that it shares with those that read the same.
         for suffix, label in (("", caption), ("_equal", captions.label)):
             known = torch.stack([label, captions.owner])                     # (2, n)
             if direction == "t2i":
@@ -374,6 +376,7 @@ def both_scores(model, captions, images, pairs, cosine):
 def rerank(model, captions, images, found):
     """found {direction: rank_all's} gets "reranked_" and "matched_": the scores of the K best."""
     # Both directions are read together, so that pairs which both have are read once.
+    # Caption c is paired with images best[0][c], image i with captions best[1][i].
     best = [x["best"] for x in found.values()]                               # (n, K), (I, K)
     image = torch.arange(len(captions.images), device=captions.place.device)                # (I,)
     text = captions.place[:, None].expand_as(best[0]), captions.place[best[1]]
@@ -437,6 +440,7 @@ def retrieval(model, tokenizer, rows, languages=None, rerank=16, trained=(), com
     languages = list(dict.fromkeys(languages or present))
     for k in set(languages) - set(present):
         raise ValueError(f"no caption is in language {k!r}: choose from {' '.join(present)}")
+    # Only what can be an answer in one of the languages is read.
     wanted = all if common else any
     rows = [row for row in rows if wanted(row["captions"].get(k) for k in languages)]
     if not rows:
@@ -502,11 +506,14 @@ def print_columns(title, lines, columns):
     """One table, its title above the labels; columns that no line has are left out."""
     columns = {key: head for key, head in columns.items() if any(key in x for x in lines.values())}
     formats = {"n": ",.0f", "images": ",.0f", "chance_r1": ".2f"}
-    first = max(map(len, [title, *lines])) + 2
-    print(f"{title:{first}}" + "".join(f"{head:>10}" for head in columns.values()))
+    table = {title: list(columns.values())}
     for label, x in lines.items():
         cells = [format(x[key], formats.get(key, ".1f")) if key in x else "" for key in columns]
-        print(f"{label:{first}}" + "".join(f"{cell:>10}" for cell in cells))
+        table[label] = cells
+    first = max(map(len, table)) + 2
+    for label, cells in table.items():
+        padded = [cell.rjust(max(8, len(head) + 2)) for cell, head in zip(cells, table[title])]
+        print(f"{label:{first}}" + "".join(padded))
 
 
 def group_lines(means):
@@ -519,7 +526,7 @@ def print_table(report):
     for name, groups in report["groups"].items():
         print_scores(name, group_lines(groups))
     print("\nMeans over a group's languages. R@1, R@5 and R@10 rank by cosine; the others are R@1:"
-          "\nchance       of a model that knows nothing"
+          "\nchance       R@1 of a model that knows nothing; R@5 is about 5 times as much, R@10 10 times"
           "\nequal        captions that read the same are equally right"
           "\nre-ranked    the 16 best by cosine in the order of cosine and match head together"
           "\nby match     the same in the order of the match head alone"
@@ -627,6 +634,7 @@ def lost_pairs(model, tokenizer, reader, bad):
             texts = [others[i][name] for i in index]
             encoded, place = encode_texts(model, tokenizer, texts)
             cosine = a[index] @ encoded.vectors[place].T                     # (n, n)
+            # A pair is lost where a wrong text is nearer than its own, or a wrong image or text a.
             own = cosine.diag()                                              # (n,)
             wrong = cosine.clone().fill_diagonal_(-torch.inf)
             margin = own - torch.maximum(wrong.amax(0), wrong.amax(1))       # (n,)

@@ -13,7 +13,6 @@ import html
 import io
 import os
 import pathlib
-import sys
 
 import torch
 
@@ -42,8 +41,7 @@ def find_pictures(argument):
 
 
 def encode_pictures(model, pictures):
-    """-> (those that can be read, their vectors (I, E)). The others are named on stderr; ValueError
-    where none can be read."""
+    """-> (those that can be read, their vectors (I, E)). The others are named on stderr."""
     readable = []
     errors = []
 
@@ -58,10 +56,7 @@ def encode_pictures(model, pictures):
             yield image
 
     vectors = [view.vectors for view in evaluate.image_batches(model, images())]
-    if not readable:
-        raise ValueError(f"no image can be read: {errors[0]}")
-    for error in errors:
-        print("left out:", error, file=sys.stderr)
+    evaluate.report_bad(errors, len(pictures))
     return readable, torch.cat(vectors)                                      # (I, E)
 
 
