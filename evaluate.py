@@ -245,8 +245,8 @@ def encode_captions(model, tokenizer, rows, images, language):
         if "false_captions" in row:
             false.append(row["false_captions"][language])
     encoded, place = encode_texts(model, tokenizer, texts + false)
-    first = {text: i for i, text in reversed(list(enumerate(texts)))}
-    label = torch.tensor([first[text] for text in texts], device=place.device)              # (n,)
+    last = {text: i for i, text in enumerate(texts)}
+    label = torch.tensor([last[text] for text in texts], device=place.device)               # (n,)
     owner = torch.tensor(owner, device=place.device)                         # (n,)
     numbers = torch.tensor(numbers, device=place.device)                     # (I,)
     return Captions(encoded, place[:len(texts)], label, place[len(texts):], owner, numbers,
@@ -309,6 +309,7 @@ def rank_all(captions, direction, K):
             part[f"rank{suffix}"] = ranks(cosine, right)
             part[f"right{suffix}"] = right.gather(1, best.indices)           # (b, K)
         parts.append(part)
+    # Of the blocks' matrices only these columns are left.
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -526,7 +527,7 @@ def print_table(report):
     for name, groups in report["groups"].items():
         print_scores(name, group_lines(groups))
     print("\nMeans over a group's languages. R@1, R@5 and R@10 rank by cosine; the others are R@1:"
-          "\nchance       R@1 of a model that knows nothing; R@5 is about 5 times as much, R@10 10 times"
+          "\nchance       R@1 of a model that knows nothing; R@k: about k times as much"
           "\nequal        captions that read the same are equally right"
           "\nre-ranked    the 16 best by cosine in the order of cosine and match head together"
           "\nby match     the same in the order of the match head alone"
@@ -634,7 +635,7 @@ def lost_pairs(model, tokenizer, reader, bad):
             texts = [others[i][name] for i in index]
             encoded, place = encode_texts(model, tokenizer, texts)
             cosine = a[index] @ encoded.vectors[place].T                     # (n, n)
-            # A pair is lost where a wrong text is nearer than its own, or a wrong image or text a.
+            # A pair is lost where a wrong partner of one of its sides is nearer than its own.
             own = cosine.diag()                                              # (n,)
             wrong = cosine.clone().fill_diagonal_(-torch.inf)
             margin = own - torch.maximum(wrong.amax(0), wrong.amax(1))       # (n,)
@@ -693,8 +694,7 @@ def main(argv=None):
                                 formatter_class=style, **strict)
     score.set_defaults(run=retrieval_command)
     add = score.add_argument
-    add("--data", nargs="+", default=["demo:test_style"], help="demo:SPLIT, or what train.py "
-        "--images takes")
+    add("--data", nargs="+", default=["demo:test_style"], help="or what train.py --images takes")
     add("--rerank", type=int, default=16, metavar="K", help="candidates to re-rank; 0: none")
     add("--languages", nargs="+", help="only these; None: all that occur")
     add("--common", action="store_true", help="only images with a caption in each language")
