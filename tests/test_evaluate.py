@@ -192,10 +192,10 @@ def own(folder, count=6, bad=()):
     return samples.lines(folder / "a.jsonl", rows)
 
 
-def test_bad_records_are_named_and_the_others_score_as_without_them(tokenizer, checkpoint, tmp_path, capsys, monkeypatch):
+def test_bad_records_are_named_and_the_others_score_as_without_them(tokenizer, checkpoint, tmp_path, capsys):
     path = own(tmp_path, 6, bad=[1, 3])
     good = pathlib.Path(path).read_text().splitlines(keepends=True)
-    (tmp_path / "b.jsonl").write_text("".join(good[i] for i in (0, 2, 4, 5)) )
+    (tmp_path / "b.jsonl").write_text("".join(good[i] for i in (0, 2, 4, 5)))
     pathlib.Path(path).write_text("".join(good + ['{"image": "0.jpg", "captions": {"en": ""}}\n']))
     for name in ("a", "b"):
         assert evaluate.main(f"retrieval --ckpt {checkpoint} --data {tmp_path}/{name}.jsonl --json {tmp_path}/{name}.json".split()) == 0
@@ -206,6 +206,9 @@ def test_bad_records_are_named_and_the_others_score_as_without_them(tokenizer, c
     assert evaluate.main(f"pairs --ckpt {checkpoint} --data {path}".split()) == 0
     out, err = capsys.readouterr()
     assert "image and de: " in out and "of 3 pairs" in out and "of 4 pairs" in out and err.count("left out: ") == 3
+    small = evaluate.small_rows(evaluate.evaluation_set([path]), 32)         # of a validation: named once
+    assert capsys.readouterr().err.count("left out: ") == 3 and [row["image"].size for row in small] == [(32, 32)] * 4
+    assert list(evaluate.validation_scores(make(tokenizer), tokenizer, small)) == ["all"] and capsys.readouterr().err == ""
     many = [f"record {i}" for i in range(12)]
     evaluate.report_bad(many, 50)
     assert capsys.readouterr().err.splitlines()[9:] == ["left out: record 9", "left out: 12 of 50"]
