@@ -15,15 +15,19 @@ that the cosine does NOT know: they correct the cosine and do not replace it. (T
 of 1/4, 1/2, 1 and 2 the weight 1/4 was best on the demo's val splits.) Ties never help: a wrong
 answer that scores like the right one, or NaN, ranks before it.
 
-Letters: I images, n captions of one language, U different texts, K candidates of a query, R pairs
-of a text and an image, B sequences, T tokens, M masked tokens, D width, E embedding, V vocabulary.
+Memory does not grow with images x texts: BATCH images are read and BATCH queries are ranked at a
+time. Token states beyond STATES bytes are not kept: re-ranking makes them again.
+
+Letters: I images, n captions of one language, U different texts, Q queries, b of them in a block, C
+candidates, K of them re-ranked, R pairs of a text and an image, B sequences, T tokens, M masked
+tokens, D width, E embedding, V vocabulary.
 
     python evaluate.py retrieval --ckpt out/ckpt.pt --data demo:test_style --json scores.json
     python evaluate.py pairs --ckpt out/ckpt.pt --data FILES      which pairs do not fit?
 """
 import argparse
 import collections
-import contextlib
+import functools
 import heapq
 import itertools
 import json
@@ -35,13 +39,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import data
 from demo import emoji
-from formats.images import eval_transform, normalise, rgb, undecoded
-from formats.records import BadRecord, reading
-from formats.sources import ImageFiles, open_readers, parse_all
+from formats.images import eval_transform, normalise
+from formats.records import BadRecord
+from formats.sources import ImageFiles, open_readers, parse_all, row_of
 from kernels.packed import gather_sequences, offsets
 from losses import MaskedText, cross_view, fuse_pairs, hard_negatives
 from model import View
@@ -49,15 +54,78 @@ from weights import load_model
 
 GROUPS = {"seen": "seen with images", "text_only": "only in parallel text",
           "never": "never in training"}
-COLUMNS = {"{}_r1": "R@1", "{}_r1_equal": "equal", "reranked_{}_r1": "re-ranked",
-           "matched_{}_r1": "by match", "new_{}_r1": "new names", "{}_r5": "R@5", "{}_r10": "R@10"}
+COLUMNS = {"chance_r1": "chance", "{}_r1": "R@1", "{}_r1_equal": "equal",
+           "reranked_{}_r1": "re-ranked", "matched_{}_r1": "by match", "new_{}_r1": "new names",
+           "{}_r5": "R@5", "{}_r10": "R@10"}
 FALSE_COLUMNS = {"false_caption_accuracy_cosine": "cosine", "false_caption_accuracy": "re-ranked",
                  "false_caption_accuracy_match": "by match"}
 TEST_SETS = ("test_style", "test_concept", "test_scenes")
 SENTENCE_TOKENS = 64                    # a longer caption or query is cut, <s> and </s> included
-BATCH = 256                             # images or texts encoded at once
+BATCH = 256                             # images or texts encoded, or queries ranked, at once
 PAIRS = 2048                            # pairs that the fusion encoder reads at once
+STATES = 1 << 29                        # bytes of token states that are kept
+SMALL = 2000                            # images that a validation keeps, resized
 LOG_ODDS_WEIGHT = 0.25                  # of the match head's log-odds in re-ranking
+
+
+# --------------------------------------------------------------------------------------------------
+# Read a set
+# --------------------------------------------------------------------------------------------------
+
+bar = functools.partial(tqdm, leave=False, disable=None)    # progress, where stderr is a terminal
+
+
+def readable(read, items, good, bad):
+    """Yields read(item), one at a time. The item goes to the list `good`; where it cannot be read,
+    the reason goes to the list `bad`."""
+    for item in items:
+        try:
+            result = read(item)
+        except BadRecord as error:
+            bad.append(str(error))
+            continue
+        good.append(item)
+        yield result
+
+
+def report_bad(bad, total):
+    """Names what is left out, the first ten of them; ValueError where that is all of `total`."""
+    if bad and len(bad) == total:
+        raise ValueError(f"no image or text can be read: {bad[0]}")
+    for reason in bad[:10]:
+        print("left out:", reason, file=sys.stderr)
+    if len(bad) > 10:
+        print(f"left out: {len(bad):,} of {total:,}", file=sys.stderr)
+
+
+def evaluation_set(arguments, languages=None, cache=None, root=None):
+    """['demo:SPLIT'], or what train.py --images takes -> rows of {"image": RGB image or a function
+    that reads it, "captions": {language: [text]}}. Bad records are named and left out."""
+    if any(argument.partition(":")[0] == "demo" for argument in arguments):
+        if len(arguments) > 1:
+            raise ValueError("demo:SPLIT does not mix with files: give it alone")
+        return emoji.split(arguments[0].removeprefix("demo").removeprefix(":"))
+    dataset = ImageFiles(parse_all(arguments), None, languages, cache, root)
+    bad = []
+    rows = list(readable(dataset.row, bar(range(len(dataset)), "captions"), [], bad))
+    report_bad(bad, len(dataset))
+    return rows
+
+
+def read_image(row):
+    return row["image"]() if callable(row["image"]) else row["image"]
+
+
+def small_rows(rows, size):
+    """Rows for a validation, which comes often: the first SMALL images are read here and kept
+    resized (150 KB each at 224 pixels); the others are read each time."""
+    good = []
+    bad = []
+    images = readable(read_image, rows[:SMALL], good, bad)
+    arrays = [eval_transform(image, size).transpose(1, 2, 0) for image in images]
+    report_bad(bad, len(rows))
+    small = [row | {"image": Image.fromarray(array)} for row, array in zip(good, arrays)]
+    return small + rows[SMALL:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,9 +133,11 @@ LOG_ODDS_WEIGHT = 0.25                  # of the match head's log-odds in re-ran
 # --------------------------------------------------------------------------------------------------
 
 def load(path, device="cpu"):
-    """A checkpoint of train.py -> (model in eval mode on device, tokenizer); else ValueError."""
+    """A checkpoint of train.py -> (model in eval mode on device, tokenizer, its languages {"seen":
+    with images, "text_only": in parallel text} or None); else ValueError."""
     model, state = load_model(path)
-    return model.eval().to(device), data.Tokenizer(state["tokenizer"])
+    languages = state["config"].get("languages")
+    return model.eval().to(device), data.Tokenizer(state["tokenizer"]), languages
 
 
 def inference_context(device):
@@ -85,14 +155,6 @@ def join(views):
     return View(states, starts, torch.cat([view.vectors for view in views]), None)
 
 
-def select(view, index):
-    """Sequences `index` (ascending) of a View as a packed View; all of them are no copy."""
-    if len(index) == len(view.vectors):
-        return view
-    rows, starts = gather_sequences(view.starts, index)
-    return View(view.states[rows], starts, view.vectors[index], None)        # (T, D) -> (T', D)
-
-
 def image_batches(model, images):
     """An iterator of Pillow images, of which each is resized before the next is read -> a View of
     every BATCH of them."""
@@ -103,9 +165,47 @@ def image_batches(model, images):
             yield model.encode_image(normalise(pixels), None)
 
 
-def encode_images(model, images):
-    """Pillow images -> View of I images."""
-    return join(list(image_batches(model, images)))
+def text_batches(model, token_ids):
+    """Lists of token ids -> a View of every BATCH of them."""
+    device = model.temperature.device
+    for first in range(0, len(token_ids), BATCH):
+        packed, starts = data.pack(token_ids[first:first + BATCH])           # (T,), (B+1,)
+        with inference_context(device):
+            yield model.encode_text(packed.to(device), starts.to(device), None)
+
+
+class Encoded:
+    """Vectors of all of some images or texts; their token states too, where these take no more than
+    STATES bytes. Else those that re-ranking asks for are made again."""
+
+    def __init__(self, views, again):
+        """views: of all, a batch at a time; again: numbers of some -> their Views likewise."""
+        # Of a set that is too large all states are dropped: the vectors alone are small, 1 KB each.
+        vectors = []
+        kept = []
+        room = STATES
+        for view in views:
+            vectors.append(view.vectors)
+            room -= view.states.nbytes
+            kept = [*kept, view] if room >= 0 else []
+        self.vectors = torch.cat(vectors) if vectors else None               # (I, E)
+        self.view = join(kept) if kept else None
+        self.again = again
+
+    def select(self, index):
+        """Those of the numbers `index` (ascending) as one packed View."""
+        if not self.view:
+            return join(list(self.again(index.tolist())))
+        rows, starts = gather_sequences(self.view.starts, index)
+        return View(self.view.states[rows], starts, self.vectors[index], None)   # (T, D) -> (T', D)
+
+
+def encode_images(model, rows, bad):
+    """-> (rows whose image can be read, these images Encoded)."""
+    good = []
+    images = Encoded(image_batches(model, readable(read_image, rows, good, bad)),
+                     lambda index: image_batches(model, (read_image(good[i]) for i in index)))
+    return good, images
 
 
 def longest_text(model):
@@ -114,39 +214,43 @@ def longest_text(model):
 
 
 def encode_texts(model, tokenizer, texts):
-    """n texts -> View of the U different ones, and each text's place in it (n,)."""
-    device = model.temperature.device
+    """n texts -> the U different ones Encoded, and each text's place among them (n,)."""
     token_ids = [tuple(tokenizer.encode(text, longest_text(model))) for text in texts]
     different = sorted(set(token_ids), key=lambda ids: (len(ids), ids))      # a batch: like lengths
-    views = []
-    for first in range(0, len(different), BATCH):
-        packed, starts = data.pack(different[first:first + BATCH])           # (T,), (B+1,)
-        with inference_context(device):
-            views.append(model.encode_text(packed.to(device), starts.to(device), None))
     place = {ids: i for i, ids in enumerate(different)}
-    return join(views), torch.tensor([place[ids] for ids in token_ids], device=device)
+    encoded = Encoded(text_batches(model, different),
+                      lambda index: text_batches(model, [different[i] for i in index]))
+    return encoded, torch.tensor([place[ids] for ids in token_ids], device=encoded.vectors.device)
 
 
 class Captions(NamedTuple):
-    """The captions of one language, image after image, and one false caption of each image."""
-    texts: list                         # n captions
-    owner: torch.Tensor                 # (n,) the image that each describes, ascending
-    view: View                          # the U different texts of captions and false captions
-    place: torch.Tensor                 # (n,) where each caption is in the View
+    """The captions of one language, image after image, and one false caption of each image. An
+    image without a caption is no candidate."""
+    texts: Encoded                      # the U different captions and false captions
+    place: torch.Tensor                 # (n,) where each caption is among them
+    label: torch.Tensor                 # (n,) equal for captions that read the same
     false_place: torch.Tensor           # (I,) where each false caption is; (0,) in a set without
+    owner: torch.Tensor                 # (n,) the image that each caption describes, ascending
+    images: torch.Tensor                # (I,) each image's number in the whole set
+    vectors: torch.Tensor               # (I, E) the images' vectors
 
 
-def encode_captions(model, tokenizer, rows, language):
-    """rows that all have captions in the language -> Captions."""
+def encode_captions(model, tokenizer, rows, images, language):
+    """rows and their images Encoded -> Captions."""
+    numbers = [i for i, row in enumerate(rows) if row["captions"].get(language)]
     texts, owner, false = [], [], []
-    for image, row in enumerate(rows):
+    for image, row in enumerate(rows[i] for i in numbers):
         texts += row["captions"][language]
         owner += [image] * len(row["captions"][language])
         if "false_captions" in row:
             false.append(row["false_captions"][language])
-    view, place = encode_texts(model, tokenizer, texts + false)
+    encoded, place = encode_texts(model, tokenizer, texts + false)
+    last = {text: i for i, text in enumerate(texts)}
+    label = torch.tensor([last[text] for text in texts], device=place.device)               # (n,)
     owner = torch.tensor(owner, device=place.device)                         # (n,)
-    return Captions(texts, owner, view, place[:len(texts)], place[len(texts):])
+    numbers = torch.tensor(numbers, device=place.device)                     # (I,)
+    return Captions(encoded, place[:len(texts)], label, place[len(texts):], owner, numbers,
+                    images.vectors[numbers])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,29 +268,66 @@ def ranks(scores, right):
     return (~(scores < best) & ~right).sum(1)                                # (queries,)
 
 
-def right_answers(captions, images):
-    """Which image is right for which caption: {"": (n, I), "_equal": (n, I)} bool. With "_equal",
-    captions that read the same are right for the images of all of them."""
-    own = torch.eye(images, dtype=torch.bool, device=captions.owner.device)  # (I, I)
-    own = own[captions.owner]                                                # (n, I)
-    # Captions that read the same meet in the row of the last one: it collects their images.
-    last = {text: i for i, text in enumerate(captions.texts)}
-    row = torch.tensor([last[text] for text in captions.texts], device=own.device)          # (n,)
-    collected = torch.zeros_like(own)                                        # (n, I)
-    collected[row, captions.owner] = True
-    return {"": own, "_equal": collected[row]}
+def right_answers(queries, known, candidates):
+    """Which candidates does each query of a block belong to? By labels: queries (b,), candidates
+    (C,), and known (2, n), a query's label above that of a candidate -> (b, C) bool."""
+    # A label of the block has a row: that of the last query which has it.
+    row = known.new_full((int(known[0].max()) + 1,), -1)                     # (labels of queries,)
+    row[queries] = torch.arange(len(queries), device=row.device)
+    row_of_pair = row[known[0]]                                              # (n,), -1: not asked
+    asked = row_of_pair >= 0
+    shape = len(queries), int(known[1].max()) + 1
+    table = torch.zeros(shape, dtype=torch.bool, device=row.device)          # (b, of candidates)
+    table[row_of_pair[asked], known[1, asked]] = True
+    return table[row[queries]][:, candidates]                                # (b, C)
 
 
-def recalls(orders, rights):
-    """orders {prefix: (scores t2i, scores i2t)} and rights {suffix: right}, matrices (n, I) ->
-    {key of results.json: %}, for example "reranked_i2t_r5_equal"."""
+def rank_all(captions, direction, K):
+    """Ranks every query's candidates by cosine, BATCH queries at a time -> {"rank": (Q,), "right":
+    (Q, K) of the K best, both also with _equal, "best": their numbers, "cosine": (Q, K)}. With
+    _equal, captions that read the same are right for the images of all of them."""
+    texts = captions.texts.vectors
+    image = torch.arange(len(captions.images), device=texts.device)          # (I,)
+    caption = torch.arange(len(captions.place), device=texts.device)         # (n,)
+    queries = caption if direction == "t2i" else image
+    parts = []
+    for block in queries.split(BATCH):
+        if direction == "t2i":
+            cosine = texts[captions.place[block]] @ captions.vectors.T       # (b, I)
+        else:                           # equal texts are multiplied once, so that they tie
+            cosine = texts @ captions.vectors[block].T                       # (U, b)
+            cosine = cosine[captions.place].T                                # (U, b) -> (b, n)
+        best = cosine.topk(min(K, cosine.shape[1]), dim=1)                   # (b, K)
+        part = {"best": best.indices, "cosine": best.values}
+        # A caption's label is its number, or one that it shares with those that read the same.
+        for suffix, label in (("", caption), ("_equal", captions.label)):
+            known = torch.stack([label, captions.owner])                     # (2, n)
+            if direction == "t2i":
+                right = right_answers(label[block], known, image)            # (b, I)
+            else:
+                right = right_answers(block, known.flip(0), label)           # (b, n)
+            part[f"rank{suffix}"] = ranks(cosine, right)
+            part[f"right{suffix}"] = right.gather(1, best.indices)           # (b, K)
+        parts.append(part)
+    # Of the blocks' matrices only these columns are left.
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def recalls(direction, found):
+    """found: rank_all's, perhaps with re-ranked scores (Q, K) -> {key of results.json: %}, for
+    example "reranked_i2t_r5_equal"."""
     result = {}
-    for prefix, (t2i, i2t) in orders.items():
-        for suffix, right in rights.items():
-            both = {"t2i": ranks(t2i, right), "i2t": ranks(i2t.T, right.T)}  # (n,) and (I,)
-            for direction, rank in both.items():
-                for k in (1, 5, 10):
-                    result[f"{prefix}{direction}_r{k}{suffix}"] = percent(rank < k)
+    for suffix in ("", "_equal"):
+        orders = {"": found[f"rank{suffix}"]}
+        right = found[f"right{suffix}"]
+        for prefix in ("reranked_", "matched_"):
+            if prefix in found:
+                # Not found at all: no right answer is among the candidates, or its score is NaN.
+                lost = ~(right & (found[prefix] > -torch.inf)).any(1)        # (Q,)
+                orders[prefix] = ranks(found[prefix], right).masked_fill(lost, sys.maxsize)
+        for prefix, rank in orders.items():
+            for k in (1, 5, 10):
+                result[f"{prefix}{direction}_r{k}{suffix}"] = percent(rank < k)
     return result
 
 
@@ -196,58 +337,57 @@ def new_names(rows, language, trained):
     for row in rows:
         texts = [row["captions"].get(other, []) for other in trained if other != language]
         others = {text.casefold() for text in itertools.chain(*texts)}
-        new += [text.casefold() not in others for text in row["captions"][language]]
+        new += [text.casefold() not in others for text in row["captions"].get(language, [])]
     return new
 
 
-def match_logits(model, texts, images, pairs):
-    """pairs (R, 2) of (text, image) in two Views -> (R, 2): the match head's "no" and "yes"."""
-    # Equal pairs are read once. So their scores agree to the last bit, and they tie.
-    pairs, inverse = pairs.unique(dim=0, return_inverse=True)                # (R', 2), (R,)
-    logits = torch.empty(len(pairs), 2, device=pairs.device)                 # (R', 2)
-    # In the order of images: a batch has few different ones, and projects each of them once.
-    for batch in pairs[:, 1].argsort(stable=True).split(PAIRS):
+def match_logits(model, texts, images, text, image):
+    """R pairs by number, text (R,) and image (R,), of what is Encoded -> (R, 2): the match head's
+    "no" and "yes"."""
+    # Equal pairs are read once. So their scores agree to the last bit, and they tie. In the order
+    # of images: a batch has few different ones, and projects each of them once.
+    U = len(texts.vectors)
+    pairs, inverse = (image * U + text).unique(return_inverse=True)          # (R',), (R,)
+    logits = []
+    for batch in bar(pairs.split(PAIRS), "pairs"):
         # Only the batch's different texts and images are packed. Query sequence i is a copy of
         # text query_text[i] and reads image query_view[i].
-        text, query_text = pairs[batch, 0].unique(return_inverse=True)
-        image, query_view = pairs[batch, 1].unique(return_inverse=True)
-        few_texts = select(texts, text)
-        few_images = select(images, image)
+        text, query_text = (batch % U).unique(return_inverse=True)
+        image, query_view = (batch // U).unique(return_inverse=True)
+        few_texts = texts.select(text)
+        few_images = images.select(image)
         # The head reads the first token of each query sequence.
         first = offsets(few_texts.starts.diff()[query_text])[:-1].long()     # (PAIRS,)
         with inference_context(pairs.device):
             states = model.fuse(few_texts, few_images, query_text, query_view, first)
-            logits[batch] = model.itm_head(states).float()                   # (PAIRS, D) -> (.., 2)
-    return logits[inverse]                                                   # (R, 2)
+            logits.append(model.itm_head(states).float())                    # (PAIRS, D) -> (.., 2)
+    return torch.cat(logits)[inverse]                                        # (R', 2) -> (R, 2)
 
 
-def both_scores(model, texts, images, pairs, cosine):
-    """pairs (R, 2) and their cosine (R,) -> {"reranked_": (R,) the sum, "matched_": (R,) match}."""
-    no, yes = match_logits(model, texts, images, pairs).T                    # (R, 2) -> 2 x (R,)
+def both_scores(model, captions, images, pairs, cosine):
+    """pairs of a text and an image of the captions, two of (R,), and their cosine (R,) ->
+    {"reranked_": (R,) the sum, "matched_": (R,) the match head's yes}."""
+    text, image = pairs
+    logits = match_logits(model, captions.texts, images, text, captions.images[image])
+    no, yes = logits.T                                                       # (R, 2) -> 2 x (R,)
     together = cosine / model.temperature + LOG_ODDS_WEIGHT * (yes - no)
     return {"reranked_": together, "matched_": yes}
 
 
-def rerank_scores(model, captions, images, cosine, K):
-    """cosine (n, I) -> {"reranked_", "matched_": (scores t2i, scores i2t)}, matrices (n, I) with
-    -inf where a pair is not among its query's K candidates."""
-    # A caption's candidates are its K best images, an image's candidates its K best captions.
-    best_images = cosine.topk(min(K, cosine.shape[1]), dim=1).indices        # (n, K)
-    best_captions = cosine.topk(min(K, cosine.shape[0]), dim=0).indices      # (K, I)
-    nothing = torch.zeros_like(cosine, dtype=torch.bool)                     # (n, I)
-    t2i = nothing.scatter(1, best_images, True)                              # (n, I)
-    i2t = nothing.scatter(0, best_captions, True)                            # (n, I)
-    # The match head reads all candidates, those of both directions once.
-    caption, image = (t2i | i2t).nonzero(as_tuple=True)                      # (R,), (R,)
-    pairs = torch.stack([captions.place[caption], image], 1)                 # (R, 2)
-    scores = both_scores(model, captions.view, images, pairs, cosine[caption, image])
-    # Back from lists of pairs to matrices, where a direction sees only its own candidates.
-    orders = {}
-    for name, values in scores.items():
-        table = torch.full_like(cosine, -torch.inf)
-        table[caption, image] = values                                       # (R,) -> (n, I)
-        orders[name] = [table.masked_fill(~known, -torch.inf) for known in (t2i, i2t)]
-    return orders
+def rerank(model, captions, images, found):
+    """found {direction: rank_all's} gets "reranked_" and "matched_": the scores of the K best."""
+    # Both directions are read together, so that pairs which both have are read once.
+    # Caption c is paired with images best[0][c], image i with captions best[1][i].
+    best = [x["best"] for x in found.values()]                               # (n, K), (I, K)
+    image = torch.arange(len(captions.images), device=captions.place.device)                # (I,)
+    text = captions.place[:, None].expand_as(best[0]), captions.place[best[1]]
+    image = best[0], image[:, None].expand_as(best[1])
+    cosine = [x["cosine"] for x in found.values()]
+    text, image, cosine = (torch.cat([x.flatten() for x in both]) for both in (text, image, cosine))
+    for name, values in both_scores(model, captions, images, (text, image), cosine).items():
+        parts = values.split([x.numel() for x in best])                      # (n K,), (I K,)
+        for x, part in zip(found.values(), parts):
+            x[name] = part.view_as(x["best"])
 
 
 def false_caption_scores(model, captions, images):
@@ -256,9 +396,8 @@ def false_caption_scores(model, captions, images):
     first = torch.searchsorted(captions.owner, image)                        # (I,): owners ascend
     text = torch.cat([captions.place[first], captions.false_place])          # (2 I,) true, false
     image = image.repeat(2)                                                  # (2 I,)
-    cosine = (captions.view.vectors[text] * images.vectors[image]).sum(1)    # (2 I, E) -> (2 I,)
-    pairs = torch.stack([text, image], 1)                                    # (2 I, 2)
-    scores = both_scores(model, captions.view, images, pairs, cosine)
+    cosine = (captions.texts.vectors[text] * captions.vectors[image]).sum(1)  # (2 I, E) -> (2 I,)
+    scores = both_scores(model, captions, images, (text, image), cosine)
     scores = {"": scores["reranked_"], "_match": scores["matched_"], "_cosine": cosine}
     result = {}
     for name, score in scores.items():
@@ -271,119 +410,124 @@ def false_caption_scores(model, captions, images):
 # Results by language, and their tables
 # --------------------------------------------------------------------------------------------------
 
-def language_scores(model, tokenizer, rows, language, images, rerank, trained):
-    """rows that all have captions in the language, and the View of their images -> {key: %}."""
-    captions = encode_captions(model, tokenizer, rows, language)
-    cosine = (captions.view.vectors @ images.vectors.T)[captions.place]      # (U, I) -> (n, I)
-    rights = right_answers(captions, len(rows))
-    orders = {"": (cosine, cosine)}
-    if rerank:
-        orders |= rerank_scores(model, captions, images, cosine, rerank)
-    result = {"images": len(rows)} | recalls(orders, rights)
-    new = torch.tensor(new_names(rows, language, trained), device=cosine.device)            # (n,)
+def language_scores(model, tokenizer, rows, images, language, K, trained):
+    """rows, their images Encoded -> {key: %} of one language."""
+    captions = encode_captions(model, tokenizer, rows, images, language)
+    found = {direction: rank_all(captions, direction, K) for direction in ("t2i", "i2t")}
+    if K:
+        rerank(model, captions, images, found)
+    count = len(captions.images)
+    result = {"images": count, "n": len(captions.place), "chance_r1": 100 / count}
+    for direction in found:
+        result |= recalls(direction, found[direction])
+    new = torch.tensor(new_names(rows, language, trained), device=captions.place.device)     # (n,)
     if trained and new.any():
         result["new_n"] = int(new.sum())
-        result["new_t2i_r1"] = percent(ranks(cosine, rights[""])[new] < 1)
+        result["new_t2i_r1"] = percent(found["t2i"]["rank"][new] < 1)
     if len(captions.false_place):
         result |= false_caption_scores(model, captions, images)
-    return result | {"n": len(captions.texts)}
+    return result
 
 
 @torch.inference_mode()
-def retrieval(model, tokenizer, rows, languages=None, rerank=16, trained=(), progress=False):
+def retrieval(model, tokenizer, rows, languages=None, rerank=16, trained=(), common=False):
     """rows of evaluation_set -> {language: {key of results.json: %}}, with n captions and images.
 
-    Candidates are the images with a caption in the language. languages: only these (None: all).
-    rerank: K, 0 for none. trained: the languages of training, for new_t2i_r1, R@1 of the new_n
-    captions that no other of them shares. ValueError for a language that no caption is in."""
+    Candidates are the images with a caption in the language; with common, those with a caption in
+    all of `languages` (None: all that occur). rerank: K, 0 for none. trained: the languages of
+    training, for new_t2i_r1, R@1 of the new_n captions that no other of them shares. ValueError for
+    a language that no caption is in. Images that cannot be read are named and left out."""
     present = list(dict.fromkeys(k for row in rows for k in row["captions"] if row["captions"][k]))
     languages = list(dict.fromkeys(languages or present))
     for k in set(languages) - set(present):
         raise ValueError(f"no caption is in language {k!r}: choose from {' '.join(present)}")
-    result = {}
+    # Only what can be an answer in one of the languages is read.
+    wanted = all if common else any
+    rows = [row for row in rows if wanted(row["captions"].get(k) for k in languages)]
+    if not rows:
+        raise ValueError(f"no image has a caption in each of {' '.join(languages)}")
     training = model.training
+    bad = []
     try:
-        pictures = [row["image"]() if callable(row["image"]) else row["image"] for row in rows]
-        all_images = encode_images(model.eval(), pictures)
-        for k in tqdm(languages, disable=not progress, leave=False):
-            index = [i for i, row in enumerate(rows) if row["captions"].get(k)]
-            images = select(all_images, torch.tensor(index, device=all_images.states.device))
-            some = [rows[i] for i in index]
-            result[k] = language_scores(model, tokenizer, some, k, images, rerank, trained)
+        good, images = encode_images(model.eval(), bar(rows, "images"), bad)
+        report_bad(bad, len(rows))
+        languages = [k for k in languages if any(row["captions"].get(k) for row in good)]
+        return {k: language_scores(model, tokenizer, good, images, k, rerank, trained)
+                for k in bar(languages, "languages")}
     finally:
         model.train(training)
-    return result
 
 
-def group_means(scores, languages=None):
+def group_means(scores, languages):
     """{language: {key: %}} -> {"seen" | "text_only" | "never": {key: mean over the group's
     languages that have it}}; "languages" is their number. languages: a checkpoint's, {"seen": [..],
-    "text_only": [..]}; None: the demo's."""
-    languages = languages or {group: emoji.languages(group) for group in ("seen", "text_only")}
-    known = set(itertools.chain(*languages.values()))
-    languages = languages | {"never": [k for k in scores if k not in known]}
+    "text_only": [..]}; None: it has none, all are the one group "all"."""
+    groups = {"all": scores}
+    if languages:
+        known = set(itertools.chain(*languages.values()))
+        groups = languages | {"never": [k for k in scores if k not in known]}
     means = {}
-    for group in GROUPS:
-        members = [scores[k] for k in languages[group] if k in scores]
-        for key in dict.fromkeys(key for x in members for key in x):
+    for group, codes in groups.items():
+        members = [scores[k] for k in codes if k in scores]
+        for key in dict.fromkeys(itertools.chain(*members)):
             values = [x[key] for x in members if key in x]
-            means.setdefault(group, {})[key] = fmean(values)
-        if members:
-            means[group]["languages"] = len(members)
+            means.setdefault(group, {"languages": len(members)})[key] = fmean(values)
     return means
 
 
-def demo_report(model, tokenizer, sets=TEST_SETS, rerank=16, progress=False):
+def demo_report(model, tokenizer, sets=TEST_SETS, rerank=16):
     """-> results.json's {set: {language: {key: %}}, "groups": {set: {group: {key: mean}}}}."""
-    trained = emoji.languages("seen") + emoji.languages("text_only")
-    report = {}
-    for name in sets:
-        rows = emoji.split(name)
-        report[name] = retrieval(model, tokenizer, rows, None, rerank, trained, progress)
-    return report | {"groups": {name: group_means(scores) for name, scores in report.items()}}
+    languages = {group: emoji.languages(group) for group in ("seen", "text_only")}
+    trained = list(itertools.chain(*languages.values()))
+    report = {name: retrieval(model, tokenizer, emoji.split(name), None, rerank, trained)
+              for name in sets}
+    groups = {name: group_means(scores, languages) for name, scores in report.items()}
+    return report | {"groups": groups}
 
 
 def validation_scores(model, tokenizer, rows, languages=None):
     """R@1 by cosine, means over languages -> {group: {"t2i_r1": %, "i2t_r1": %}}. languages: as
-    group_means takes them; None: the one group "all"."""
-    scores = retrieval(model, tokenizer, rows, rerank=0)
-    if languages:
-        means = group_means(scores, languages)
-    else:
-        means = {"all": {k: fmean(x[k] for x in scores.values()) for k in ("t2i_r1", "i2t_r1")}}
+    group_means takes them."""
+    means = group_means(retrieval(model, tokenizer, rows, rerank=0), languages)
     return {group: {k: x[k] for k in ("t2i_r1", "i2t_r1")} for group, x in means.items()}
 
 
 def print_scores(name, lines):
     """lines {label: {key: %}} -> a table for each direction, and one of false captions where the
-    set has them; each ends with chance."""
-    some = next(iter(lines.values()))
-    images = max(x["images"] for x in lines.values())      # a language may have captions of fewer
-    print(f"\n{name}: {images:g} images, {some['n']:g} captions, %")
-    for direction, title in (("t2i", "text to image"), ("i2t", "image to text")):
-        chance = {f"{direction}_r{k}": min(100.0, 100 * k / images) for k in (1, 5, 10)}
+    set has them."""
+    print(f"\n{name}: {max(x['images'] for x in lines.values()):,g} images, %")
+    for direction, title, n in (("t2i", "text to image", "n"), ("i2t", "image to text", "images")):
         columns = {key.format(direction): head for key, head in COLUMNS.items()}
-        print_columns(title, lines | {"chance": chance}, columns)
-    if "false_caption_accuracy" in some:
-        chance = dict.fromkeys(FALSE_COLUMNS, 50.0)
-        print_columns("true beats false caption", lines | {"chance": chance}, FALSE_COLUMNS)
+        print_columns(title, lines, {n: "n"} | columns)
+    if any("false_caption_accuracy" in x for x in lines.values()):
+        print_columns("true beats false (chance 50)", lines, FALSE_COLUMNS)
 
 
 def print_columns(title, lines, columns):
     """One table, its title above the labels; columns that no line has are left out."""
     columns = {key: head for key, head in columns.items() if any(key in x for x in lines.values())}
-    first = max(map(len, [title, *lines])) + 2
-    print(f"{title:{first}}" + "".join(f"{head:>11}" for head in columns.values()))
+    formats = {"n": ",.0f", "images": ",.0f", "chance_r1": ".2f"}
+    table = {title: list(columns.values())}
     for label, x in lines.items():
-        cells = [f"{x[key]:.1f}" if key in x else "" for key in columns]
-        print(f"{label:{first}}" + "".join(f"{cell:>11}" for cell in cells))
+        cells = [format(x[key], formats.get(key, ".1f")) if key in x else "" for key in columns]
+        table[label] = cells
+    first = max(map(len, table)) + 2
+    for label, cells in table.items():
+        padded = [cell.rjust(max(8, len(head) + 2)) for cell, head in zip(cells, table[title])]
+        print(f"{label:{first}}" + "".join(padded))
+
+
+def group_lines(means):
+    """The lines of print_scores for group_means."""
+    return {f"{GROUPS.get(k, 'all')} ({x['languages']})": x for k, x in means.items()}
 
 
 def print_table(report):
     """The end-of-run table of a demo_report."""
     for name, groups in report["groups"].items():
-        print_scores(name, {f"{GROUPS[k]} ({x['languages']})": x for k, x in groups.items()})
+        print_scores(name, group_lines(groups))
     print("\nMeans over a group's languages. R@1, R@5 and R@10 rank by cosine; the others are R@1:"
+          "\nchance       R@1 of a model that knows nothing; R@k: about k times as much"
           "\nequal        captions that read the same are equally right"
           "\nre-ranked    the 16 best by cosine in the order of cosine and match head together"
           "\nby match     the same in the order of the match head alone"
@@ -456,97 +600,84 @@ def explain(model, tokenizer, image_batch):
 # Pairs that do not fit
 # --------------------------------------------------------------------------------------------------
 
-def good_records(reader, numbers):
-    """-> (where, image or first text, {name of the pair: other text}) of each."""
-    for i in numbers:
-        with contextlib.suppress(BadRecord), reading(reader, i):
-            raw, captions = reader.record(i)
-            texts = {language: group[0] for language, group in captions.items()}
-            if reader.images:
-                name = "image"
-                with undecoded(raw) as image:
-                    first = rgb(image)
-            else:
-                name = next(iter(texts))
-                first = texts.pop(name)
-            yield reader.where(i), first, {f"{name} and {k}": text for k, text in texts.items()}
+def pair_of(row):
+    """A row of row_of -> its first text, {name of the pair: another text}."""
+    texts = {language: group[0] for language, group in row["captions"].items()}
+    name = "image" if "image" in row else next(iter(texts))
+    return texts.pop(name, None), {f"{name} and {k}": text for k, text in texts.items()}
 
 
 @torch.inference_mode()
-def lost_pairs(model, tokenizer, reader):
+def lost_pairs(model, tokenizer, reader, bad):
     """Which pairs of a file do not find each other among BATCH neighbours, in one direction or the
     other? -> {name of the pair: (how many pairs, how many are lost, [(margin, where, text)])}. The
-    list has the ten worst; margin: the pair's cosine minus that of the best wrong one."""
+    list has the ten worst; margin: the pair's cosine minus that of the best wrong one. Why records
+    are bad goes to the list `bad`."""
     count = collections.Counter()
     lost = collections.Counter()
     worst = collections.defaultdict(list)
-    for start in range(0, len(reader), BATCH):
-        rows = list(good_records(reader, range(start, min(start + BATCH, len(reader)))))
+    read = functools.partial(row_of, reader)
+    for first in bar(range(0, len(reader), BATCH), reader.path):
+        block = range(first, min(first + BATCH, len(reader)))
+        rows = list(readable(read, block, [], bad))
+        if reader.images:
+            rows, images = encode_images(model, rows, bad)
         if not rows:
             continue
-        first = [row[1] for row in rows]
+        firsts, others = zip(*map(pair_of, rows))
         if reader.images:
-            a = encode_images(model, first).vectors                          # (rows, E)
+            a = images.vectors                                               # (rows, E)
         else:
-            view, place = encode_texts(model, tokenizer, first)
-            a = view.vectors[place]                                          # (rows, E)
-        for name in dict.fromkeys(name for row in rows for name in row[2]):
-            index = [i for i, row in enumerate(rows) if name in row[2]]
-            texts = [rows[i][2][name] for i in index]
-            view, place = encode_texts(model, tokenizer, texts)
-            cosine = a[index] @ view.vectors[place].T                        # (n, n)
+            encoded, place = encode_texts(model, tokenizer, firsts)
+            a = encoded.vectors[place]                                       # (rows, E)
+        for name in dict.fromkeys(itertools.chain(*others)):
+            index = [i for i, texts in enumerate(others) if name in texts]
+            texts = [others[i][name] for i in index]
+            encoded, place = encode_texts(model, tokenizer, texts)
+            cosine = a[index] @ encoded.vectors[place].T                     # (n, n)
+            # A pair is lost where a wrong partner of one of its sides is nearer than its own.
             own = cosine.diag()                                              # (n,)
-            others = cosine.clone().fill_diagonal_(-torch.inf)
-            margin = own - torch.maximum(others.amax(0), others.amax(1))     # (n,)
+            wrong = cosine.clone().fill_diagonal_(-torch.inf)
+            margin = own - torch.maximum(wrong.amax(0), wrong.amax(1))       # (n,)
             count[name] += len(index)
             lost[name] += int((margin < -1e-4).sum())                        # equal ones are right
-            found = [(x, rows[i][0], text) for x, i, text in zip(margin.tolist(), index, texts)]
+            numbers = [rows[i]["number"] for i in index]
+            found = list(zip(margin.tolist(), numbers, texts))
             worst[name] = heapq.nsmallest(10, worst[name] + found)
     return {name: (n, lost[name], worst[name]) for name, n in count.items()}
 
 
 def pairs_command(args, device):
-    model, tokenizer = load(args.ckpt, device)
+    model, tokenizer, _ = load(args.ckpt, device)
+    bad = []
+    total = 0
     for source in parse_all(args.data):
-        for reader in open_readers(source, root=args.image_root):
-            for name, (n, lost, worst) in lost_pairs(model, tokenizer, reader).items():
+        for reader in open_readers(source, cache=args.cache, root=args.image_root):
+            total += len(reader)
+            for name, (n, lost, worst) in lost_pairs(model, tokenizer, reader, bad).items():
                 print(f"{reader.path}: {name}: {lost:,} of {n:,} pairs ({100 * lost / n:.1f} %) do "
                       f"not find each other among {min(n, BATCH)}; the worst:")
-                for margin, where, text in worst:
-                    print(f"  {margin:6.2f}  {where}: {text[:80]}")
+                for margin, number, text in worst:
+                    print(f"  {margin:6.2f}  {reader.where(number)}: {text[:80]}")
+    report_bad(bad, total)
 
 
 # --------------------------------------------------------------------------------------------------
 # Commands
 # --------------------------------------------------------------------------------------------------
 
-def evaluation_set(arguments, languages=None, cache=None, root=None):
-    """['demo:SPLIT'], or files that train.py --images can read -> rows of {"image": RGB image,
-    "captions": {language: [text]}}. ValueError that names the first record that is bad."""
-    if arguments[0].startswith("demo:"):
-        return emoji.split(arguments[0].removeprefix("demo:"))
-    dataset = ImageFiles(parse_all(arguments), None, languages, cache, root)
-    try:
-        rows = [dataset.row(i) for i in range(len(dataset))]
-        return [row | {"image": row["image"]()} for row in rows]
-    except BadRecord as error:
-        raise ValueError(error) from None
-
-
 def retrieval_command(args, device):
     if args.rerank < 0:
         raise ValueError("--rerank must be 0 (none) or more")
-    model, tokenizer = load(args.ckpt, device)
-    demo = args.data.startswith("demo:")
-    trained = emoji.languages("seen") + emoji.languages("text_only") if demo else ()
-    scores = retrieval(model, tokenizer, evaluation_set([args.data]), args.languages, args.rerank,
-                       trained, progress=sys.stderr.isatty())
-    # Groups are the demo's: its languages were chosen to be seen, text-only or never seen.
-    groups = group_means(scores) if demo else {}
-    means = {f"{GROUPS[k]} ({x['languages']})": x for k, x in groups.items() if x["languages"] > 1}
-    print_scores(args.data, scores | means)
+    model, tokenizer, languages = load(args.ckpt, device)
+    trained = list(itertools.chain(*languages.values())) if languages else ()
+    rows = evaluation_set(args.data, None, args.cache, args.image_root)
+    scores = retrieval(model, tokenizer, rows, args.languages, args.rerank, trained, args.common)
+    groups = group_means(scores, languages)
+    name = " ".join(args.data)
+    print_scores(name, scores | group_lines(groups))
     if args.json:
-        name = args.data.removeprefix("demo:")
+        name = name.removeprefix("demo:")
         report = {name: scores, "groups": {name: groups}}
         data.write_output(args.json, json.dumps(report, indent=1).encode())
         print(f"\nwrote {args.json}")
@@ -563,23 +694,26 @@ def main(argv=None):
                                 formatter_class=style, **strict)
     score.set_defaults(run=retrieval_command)
     add = score.add_argument
-    add("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
-    add("--data", default="demo:test_style", help="demo:SPLIT, or files that --images reads")
+    add("--data", nargs="+", default=["demo:test_style"], help="or what train.py --images takes")
     add("--rerank", type=int, default=16, metavar="K", help="candidates to re-rank; 0: none")
     add("--languages", nargs="+", help="only these; None: all that occur")
+    add("--common", action="store_true", help="only images with a caption in each language")
     add("--json", type=pathlib.Path, metavar="FILE", help="write all numbers, as in results.json")
     pairs = commands.add_parser("pairs", help="pairs whose vectors do not find each other",
                                 formatter_class=style, **strict)
     pairs.set_defaults(run=pairs_command, json=None)
-    add = pairs.add_argument
-    add("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
-    add("--data", nargs="+", required=True, default=argparse.SUPPRESS, help="files to train on")
-    add("--image_root", help="folder of the images that JSON lines name")
+    pairs.add_argument("--data", nargs="+", required=True, default=argparse.SUPPRESS,
+                       help="what train.py --images or --texts takes")
+    for command in (score, pairs):
+        add = command.add_argument
+        add("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
+        add("--image_root", metavar="DIR", help="folder of the images that JSON lines name")
+        add("--cache", metavar="DIR", help="folder for indices of the files; None: beside them")
     args = parser.parse_args(argv)
     try:
         data.check_target(args.json)
         args.run(args, "cuda" if torch.cuda.is_available() else "cpu")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BadRecord) as error:
         return data.fail(error)
     return 0
 

@@ -13,7 +13,6 @@ import html
 import io
 import os
 import pathlib
-import sys
 
 import torch
 
@@ -42,8 +41,7 @@ def find_pictures(argument):
 
 
 def encode_pictures(model, pictures):
-    """-> (those that can be read, their vectors (I, E)). The others are named on stderr; ValueError
-    where none can be read."""
+    """-> (those that can be read, their vectors (I, E)). The others are named on stderr."""
     readable = []
     errors = []
 
@@ -58,10 +56,7 @@ def encode_pictures(model, pictures):
             yield image
 
     vectors = [view.vectors for view in evaluate.image_batches(model, images())]
-    if not readable:
-        raise ValueError(f"no image can be read: {errors[0]}")
-    for error in errors:
-        print("left out:", error, file=sys.stderr)
+    evaluate.report_bad(errors, len(pictures))
     return readable, torch.cat(vectors)                                      # (I, E)
 
 
@@ -97,7 +92,7 @@ def search(args, device):
         raise ValueError(f"--top {args.top} must be at least 1")
     check_queries(args.queries)
     found = find_pictures(args.images)
-    model, tokenizer = evaluate.load(args.ckpt, device)
+    model, tokenizer, _ = evaluate.load(args.ckpt, device)
     pictures, vectors = encode_pictures(model, found)
     cosines, images = best_images(model, tokenizer, args.queries, vectors, args.top)
     page = [HEAD]

@@ -321,7 +321,9 @@ class Pretraining(nn.Module):
             self.chance[f"{stream}_mask"] = math.log(tokenizer.size)
         self.validation = []
         if validation_rows:
-            self.validation_rows = cache(validation_rows)       # made when they are first needed
+            # Made when they are first needed.
+            size = model.config.image_size
+            self.validation_rows = cache(lambda: evaluate.small_rows(validation_rows(), size))
             self.languages = languages
             groups = evaluate.GROUPS if languages else ("all",)
             self.validation = [f"val_{group}_{key}" for group in groups for key in RECALLS]
@@ -376,7 +378,7 @@ class Pretraining(nn.Module):
 
     def report(self):
         """Recall on the demo's test sets -> results.json."""
-        return evaluate.demo_report(self.model, self.tokenizer, progress=sys.stderr.isatty())
+        return evaluate.demo_report(self.model, self.tokenizer)
 
 
 def masked_sentences(batch):

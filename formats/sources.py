@@ -293,6 +293,21 @@ def choose(reader, languages, least, cache):
     return numbers[:-len(codes)], set(found)
 
 
+def row_of(reader, i):
+    """Record i to evaluate on -> {"number": i, "captions": {language: [text]}} and of an image
+    "image": a function that reads it -> RGB, so that many rows take little memory."""
+    with reading(reader, i):
+        row = {"number": i, "captions": reader.texts(i)}
+    if reader.images:
+        row["image"] = functools.partial(image_of, reader, i)
+    return row
+
+
+def image_of(reader, i):
+    with reading(reader, i), images.undecoded(reader.record(i)[0]) as image:
+        return images.rgb(image)
+
+
 class ImageFiles(Files):
     """[index, rng] -> image (3, size, size) uint8, caption, id."""
 
@@ -309,19 +324,10 @@ class ImageFiles(Files):
             return images.train_transform(image, self.size, rng), text, identity(picture)
 
     def row(self, index):
-        """A record to evaluate on -> {"image": function, "captions": {language: [text]}}. The
-        function reads the image -> RGB, so that many rows take little memory."""
-        reader, i = self.find(index)
-        with reading(reader, i):
-            texts = reader.texts(i)
-        captions = {language: texts[language] for language in self.usable(texts)}
-        return {"image": functools.partial(self.image, index), "captions": captions}
-
-    def image(self, index):
-        reader, i = self.find(index)
-        with reading(reader, i), images.undecoded(reader.record(i)[0]) as image:
-            image.load()
-            return images.rgb(image)
+        """A record to evaluate on, as row_of; only the languages that training shall use."""
+        row = row_of(*self.find(index))
+        texts = row["captions"]
+        return row | {"captions": {language: texts[language] for language in self.usable(texts)}}
 
 
 class PairFiles(Files):

@@ -177,6 +177,6 @@ def test_a_model_finds_the_pairs_that_do_not_fit(tmp_path, tokenizer, scenes):
     other = list(lines)
     other[70], other[80] = other[80], other[70]
     reader, = open_readers(parse(parallel(tmp_path, de=lines, en=other)))
-    count, lost, worst = evaluate.lost_pairs(make(tokenizer), tokenizer, reader)["de and en"]
+    count, lost, worst = evaluate.lost_pairs(make(tokenizer), tokenizer, reader, [])["de and en"]
     assert (count, lost, len(worst)) == (300, 2, 10)
-    assert {where.split()[-1] for _, where, _ in worst[:2]} == {"71", "81"} and worst[1][0] < 0 < worst[2][0]
+    assert {number for _, number, _ in worst[:2]} == {70, 80} and worst[1][0] < 0 < worst[2][0]

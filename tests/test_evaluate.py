@@ -1,8 +1,12 @@
 """evaluate.py: packed re-ranking equals a loop over pairs, recall equals hand-made cases, a mistake is one line."""
 import dataclasses
+import functools
 import json
+import pathlib
+import weakref
 
 import pytest
+import samples
 import torch
 
 import data
@@ -71,23 +75,28 @@ def plain_recall(score, owner, K, k=1, by=1):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("batch", [2, 256])
-def test_match_logits_of_a_pack_equal_those_of_single_pairs(tokenizer, rows, layers, batch, monkeypatch):
+@pytest.mark.parametrize("batch, states", [(2, 1 << 29), (256, 1 << 29), (2, 0), (256, 0)])
+def test_match_logits_of_a_pack_equal_those_of_single_pairs(tokenizer, rows, layers, batch, states, monkeypatch):
+    """Also where no token states are kept but made again for each batch of pairs."""
     monkeypatch.setattr(evaluate, "BATCH", batch)
+    monkeypatch.setattr(evaluate, "STATES", states)
     monkeypatch.setattr(evaluate, "PAIRS", batch)
     model = make(tokenizer, fusion_layers=layers)
     texts = [text for row in rows for captions in row["captions"].values() for text in captions]
     with torch.inference_mode():
-        images = evaluate.encode_images(model, [row["image"] for row in rows])
-        view, place = evaluate.encode_texts(model, tokenizer, texts)
+        _, images = evaluate.encode_images(model, rows, [])
+        different, place = evaluate.encode_texts(model, tokenizer, texts)
+        assert (images.view is None) == (different.view is None) == (states == 0)
         pairs = torch.cartesian_prod(torch.arange(len(texts)), torch.arange(len(rows)))[::3]
-        got = evaluate.match_logits(model, view, images, torch.stack([place[pairs[:, 0]], pairs[:, 1]], 1))
+        got = evaluate.match_logits(model, different, images, place[pairs[:, 0]], pairs[:, 1])
     want = torch.tensor([one_pair(model, tokenizer, rows[i]["image"], texts[t])[1] for t, i in pairs.tolist()])
     assert want.std() > 0.01                                                 # the pairs do differ
     torch.testing.assert_close(got[:, 1], want, rtol=1e-4, atol=1e-5)
 
 
-def test_recall_and_reranking_equal_the_official_protocol_a_query_at_a_time(tokenizer, rows):
+@pytest.mark.parametrize("batch", [2, 256])
+def test_recall_and_reranking_equal_the_official_protocol_a_query_at_a_time(tokenizer, rows, batch, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH", batch)
     model = make(tokenizer)
     pairs = {language: all_pairs(model, tokenizer, rows, language) for language in LANGUAGES}
     for K in (2, 3, 100):                                                    # 100: more than there are candidates
@@ -150,7 +159,8 @@ def test_false_captions_lose_a_tie_and_the_model_keeps_its_mode(tokenizer, rows)
 
 def test_validation_scores_are_means_of_the_cosine_recall_by_group_or_over_all_languages(tokenizer, rows):
     model, torch_state = make(tokenizer).train(), torch.get_rng_state()
-    demo = evaluate.validation_scores(model, tokenizer, emoji.split("val_concept")[:8])
+    languages = {group: emoji.languages(group) for group in ("seen", "text_only")}
+    demo = evaluate.validation_scores(model, tokenizer, emoji.split("val_concept")[:8], languages)
     own = evaluate.validation_scores(model, tokenizer, rows)                 # rows without concept ids
     assert list(demo) == list(evaluate.GROUPS) and list(own) == ["all"]
     wanted = evaluate.retrieval(model, tokenizer, emoji.split("val_concept")[:8], rerank=0)
@@ -162,13 +172,93 @@ def test_validation_scores_are_means_of_the_cosine_recall_by_group_or_over_all_l
     assert model.training and torch.equal(torch_state, torch.get_rng_state())       # training goes on as before
 
 
-def test_states_of_images_are_not_copied_when_all_have_a_caption(tokenizer, rows):
-    view = evaluate.encode_images(make(tokenizer), [row["image"] for row in rows])
-    assert evaluate.select(view, torch.arange(6)) is view
-    some = evaluate.select(view, torch.tensor([1, 4]))
-    size = int(view.starts[1])
-    assert torch.equal(some.states, torch.cat([view.states[size:2 * size], view.states[4 * size:5 * size]]))
-    assert some.starts.tolist() == [0, size, 2 * size] and torch.equal(some.vectors, view.vectors[[1, 4]])
+def test_states_that_are_kept_or_made_again_are_the_same(tokenizer, rows, monkeypatch):
+    with torch.inference_mode():
+        kept = evaluate.encode_images(make(tokenizer), rows, [])[1]
+        monkeypatch.setattr(evaluate, "STATES", kept.view.states.nbytes - 1)
+        again = evaluate.encode_images(make(tokenizer), rows, [])[1]
+        assert again.view is None and torch.equal(again.vectors, kept.vectors)
+        for a, b in zip(kept.select(torch.tensor([1, 4])), again.select(torch.tensor([1, 4]))):
+            torch.testing.assert_close(a, b)
+    size = int(kept.view.starts[1])
+    assert torch.equal(kept.select(torch.tensor([4])).states, kept.view.states[4 * size:5 * size])
+
+
+def own(folder, count=6, bad=()):
+    """A file of images with captions in en and de, the last without de; the images `bad` are no pictures."""
+    for i in range(count):
+        (folder / f"{i}.jpg").write_bytes(b"broken" if i in bad else samples.jpeg(i))
+    rows = [{"image": f"{i}.jpg", "captions": samples.said(i, ["en", "de"] if i < count - 1 else ["en"])} for i in range(count)]
+    return samples.lines(folder / "a.jsonl", rows)
+
+
+def test_bad_records_are_named_and_the_others_score_as_without_them(tokenizer, checkpoint, tmp_path, capsys):
+    path = own(tmp_path, 6, bad=[1, 3])
+    good = pathlib.Path(path).read_text().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_text("".join(good[i] for i in (0, 2, 4, 5)))
+    pathlib.Path(path).write_text("".join(good + ['{"image": "0.jpg", "captions": {"en": ""}}\n']))
+    for name in ("a", "b"):
+        assert evaluate.main(f"retrieval --ckpt {checkpoint} --data {tmp_path}/{name}.jsonl --json {tmp_path}/{name}.json".split()) == 0
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == (3 if name == "a" else 0) and all(line.startswith(f"left out: {path} line") for line in said)
+    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b"))
+    assert a.pop(path) == b.pop(f"{tmp_path}/b.jsonl") and a["groups"][path]["all"]["n"] == 3.5
+    assert evaluate.main(f"pairs --ckpt {checkpoint} --data {path}".split()) == 0
+    out, err = capsys.readouterr()
+    assert "image and de: " in out and "of 3 pairs" in out and "of 4 pairs" in out and err.count("left out: ") == 3
+    small = evaluate.small_rows(evaluate.evaluation_set([path]), 32)         # of a validation: named once
+    assert capsys.readouterr().err.count("left out: ") == 3 and [row["image"].size for row in small] == [(32, 32)] * 4
+    assert list(evaluate.validation_scores(make(tokenizer), tokenizer, small)) == ["all"] and capsys.readouterr().err == ""
+    many = [f"record {i}" for i in range(12)]
+    evaluate.report_bad(many, 50)
+    assert capsys.readouterr().err.splitlines()[9:] == ["left out: record 9", "left out: 12 of 50"]
+
+
+def test_what_train_reads_is_evaluated_alike(checkpoint, tmp_path, capsys):
+    """A tar, a folder, official rows in base64 and IGLUE's with --image_root: the same pictures and captions."""
+    pictures = samples.official(tmp_path, 6) / "cc3m_path/images"
+    for i in range(6):
+        (pictures / f"{i}.json").write_text(json.dumps({"caption": samples.said(i)}))
+    iglue = [{"img_path": f"{i}.jpg", "sentences": [{k: [text] for k, text in samples.said(i).items()}]} for i in range(6)]
+    samples.lines(tmp_path / "iglue.jsonl", iglue)
+    said = []
+    for source in (samples.write_tar(tmp_path / "a.tar", 6), pictures, tmp_path / "cc3m",
+                   f"{tmp_path}/iglue.jsonl --image_root {pictures}"):
+        assert evaluate.main(f"retrieval --ckpt {checkpoint} --rerank 2 --cache {tmp_path}/cache --data {source}".split()) == 0
+        said.append(capsys.readouterr().out.splitlines()[2:])
+    assert said[0] == said[1] == said[2] == said[3] and len(said[0]) == 16
+
+
+def test_one_image_at_a_time_is_in_memory(tokenizer, rows):
+    alive, most = [], []
+
+    def opened(image):
+        image = image.copy()
+        alive.append(weakref.ref(image))
+        most.append(sum(x() is not None for x in alive))
+        return image
+    lazy = [row | {"image": functools.partial(opened, row["image"])} for row in rows]
+    model = make(tokenizer)
+    assert evaluate.retrieval(model, tokenizer, lazy) == evaluate.retrieval(model, tokenizer, rows)
+    assert len(most) == 6 and max(most) <= 2                                 # one, and the next while it is opened
+    small = evaluate.small_rows(lazy, 32)
+    assert evaluate.retrieval(model, tokenizer, small) == evaluate.retrieval(model, tokenizer, rows) and len(most) == 12
+
+
+def test_languages_are_grouped_by_their_role_in_training_and_each_has_its_chance(checkpoint, tmp_path, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+    state["config"]["languages"] = {"seen": ["de", "fr"], "text_only": ["cs"]}
+    torch.save(state, tmp_path / "ckpt.pt")
+    path = own(tmp_path)
+    found = []
+    for options in ([], ["--common"], ["--languages", "en", "--common"]):
+        assert evaluate.main(["retrieval", "--ckpt", f"{tmp_path}/ckpt.pt", "--data", path, "--rerank", "0", *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        found.append({line[:22].strip(): line[22:].split()[:2] for line in lines[3:lines.index(next(
+            line for line in lines if line.startswith("image to text")))]})
+    assert found[0] == {"en": ["6", "16.67"], "de": ["5", "20.00"], "seen with images (1)": ["5", "20.00"],
+                        "never in training (1)": ["6", "16.67"]}
+    assert found[1]["en"] == found[1]["de"] == ["5", "20.00"] and found[2]["en"] == ["6", "16.67"]
 
 
 def test_a_cpu_evaluates_in_float32_also_inside_the_autocast_of_training():

@@ -266,6 +266,13 @@ CASES = [
      RETRIEVAL + "--data a.jsonl", ["a.jsonl line 1", "empty"]),
     ("a text as image", {"a.pt": own(), "x.png": b"text", "a.jsonl": b'{"image": "x.png", "captions": {"en": "a"}}'},
      RETRIEVAL + "--data a.jsonl", ["a.jsonl line 1", "image"]),
+    ("no common image", {"a.pt": own(), "x.png": samples.jpeg(0), "a.jsonl": b"".join(
+        b'{"image": "x.png", "captions": {"%s": "a"}}\n' % k for k in (b"en", b"de"))}, RETRIEVAL + "--data a.jsonl --common",
+     ["no image has a caption in each of en de"]),
+    ("the demo among files to evaluate", {"a.pt": own()}, RETRIEVAL + "--data demo:val a.tar", ["demo:SPLIT", "alone"]),
+    ("all of the demo", {"a.pt": own()}, RETRIEVAL + "--data demo", ["is not a split", "test_style"]),
+    ("pairs that cannot be read", {"a.pt": own(), "a.tsv": b"a\nb\n"}, "evaluate pairs --ckpt a.pt --data a.tsv",
+     ["can be read: a.tsv line 1: 1 column"]),
     ("a negative K", {"a.pt": own()}, RETRIEVAL + "--rerank -1", ["--rerank"]),
     ("a folder that is not there", {"a.pt": own()}, RETRIEVAL + "--json none/x.json", ["none/x.json cannot be written"]),
     ("an unknown language", {"a.pt": own()}, RETRIEVAL + "--data demo:val_concept --languages xx", ["'xx'", "en"]),

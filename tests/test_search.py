@@ -94,7 +94,7 @@ def test_one_image_at_a_time_is_open(checkpoint, folder, monkeypatch):
     monkeypatch.setattr(search, "open_image", lambda *args: events.append("open") or opened(*args))
     monkeypatch.setattr(evaluate, "eval_transform", lambda *args: events.append("resized") or resized(*args))
     opened, resized = images.open_image, images.eval_transform
-    model, _ = evaluate.load(checkpoint)
+    model, *_ = evaluate.load(checkpoint)
     search.encode_pictures(model, search.find_pictures(folder))
     assert events == ["open", "resized"] * 4 + ["open"]                      # the last one is broken
 

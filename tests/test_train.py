@@ -106,7 +106,7 @@ def test_validation_goes_into_the_log_by_group_of_languages(tmp_path, capsys):
     assert train.main([*TINY, "--out", str(tmp_path), "--steps", "2", "--validate_every", "2", "--log_every", "2"]) == 0
     log = rows(tmp_path)
     assert log[0]["val_seen_t2i_r1"] == "" and "val_never_i2t_r1" in capsys.readouterr().out
-    model, tokenizer = evaluate.load(tmp_path / "ckpt.pt")
+    model, tokenizer, _ = evaluate.load(tmp_path / "ckpt.pt")
     scores = evaluate.retrieval(model, tokenizer, emoji.split("val"), rerank=0)
     seen = [scores[k]["t2i_r1"] for k in emoji.languages("seen")]
     assert float(log[1]["val_seen_t2i_r1"]) == pytest.approx(sum(seen) / len(seen))

@@ -6,6 +6,8 @@
                                                                resident memory of training, beside 10,000 records
     python tests/campaigns/bench_data.py search [--photographs 200]  peak memory of search.py over 20 JPEGs of 12 megapixels, and
                                                                over so many
+    python tests/campaigns/bench_data.py retrieval [--small 5000]  peak memory of evaluate.py retrieval over 1,500 images of 100 x 75
+                                                               pixels, and over so many; 400 KB of token states each
 """
 import argparse
 import io
@@ -172,35 +174,57 @@ def bench_memory(args):
                                         for p, size in results[name].items()) + f", {seconds:.0f} s", flush=True)
 
 
-def bench_search(args):
-    """The JPEGs are links to twenty: what counts is how many are decoded."""
+def write_checkpoint(path, **changes):
     import dataclasses
     from model import CCLM, PRESETS
+    tokenizer = data.demo_tokenizer(4000)
+    config = dataclasses.replace(PRESETS["demo"], vocabulary=tokenizer.size, **changes)
+    torch.save({"model": CCLM(config).state_dict(), "step": 1, "tokenizer": tokenizer.model,
+                "config": {"model": dataclasses.asdict(config), "train": {}}}, path)
+
+
+def peak_of(program, name, *words):
+    """Runs a command and prints its peak resident memory. ru_maxrss would be that of this process: it survives exec."""
+    code = (f"import re, sys, {program}; status = {program}.main(sys.argv[1:]); "
+            "print(int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024, file=sys.stderr); "
+            "sys.exit(status)")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    print(f"{name}: peak {done.stderr.strip()} MB, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def bench_retrieval(args):
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        folder, tokenizer = pathlib.Path(folder), data.demo_tokenizer(4000)
-        config = dataclasses.replace(PRESETS["demo"], vocabulary=tokenizer.size)
-        torch.save({"model": CCLM(config).state_dict(), "step": 1, "tokenizer": tokenizer.model,
-                    "config": {"model": dataclasses.asdict(config), "train": {}}}, folder / "ckpt.pt")
+        folder, raws = pathlib.Path(folder), [picture(i, 100, 75) for i in range(100)]
+        write_checkpoint(folder / "ckpt.pt", image_size=224, patch_size=8, stem=False, width=128, vision_layers=1,
+                         vision_mlp=128, text_layers=1, text_mlp=128, fusion_layers=1, fusion_mlp=128)
+        for count in (1_500, args.small):
+            write_tar(folder / f"{count}.tar", (raws[i % 100] for i in range(count)))
+            for K in ("0", "16"):
+                peak_of("evaluate", f"retrieval --rerank {K:2} over {count:6,} images, two languages", "retrieval", "--ckpt",
+                        folder / "ckpt.pt", "--data", folder / f"{count}.tar", "--rerank", K)
+
+
+def bench_search(args):
+    """The JPEGs are links to twenty: what counts is how many are decoded."""
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        folder = pathlib.Path(folder)
+        write_checkpoint(folder / "ckpt.pt")
         for i in range(20):
             (folder / f"{i}.jpg").write_bytes(picture(i, 4000, 3000))
         for count in (20, args.photographs):
             (folder / str(count)).mkdir()
             for i in range(count):
                 os.link(folder / f"{i % 20}.jpg", folder / str(count) / f"{i:06}.jpg")
-            # ru_maxrss would be that of this process: it survives exec.
-            code = ("import re, sys, search; status = search.main(sys.argv[1:]); "
-                    "print(int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024, file=sys.stderr); "
-                    "sys.exit(status)")
-            start = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", code, "--ckpt", folder / "ckpt.pt", "--images", folder / str(count),
-                                   "--html", folder / "g.html", "a dog"], cwd=ROOT, capture_output=True, text=True, check=True)
-            print(f"search over {count:6,} JPEGs of 12 megapixels: peak {done.stderr.strip()} MB, "
-                  f"{time.perf_counter() - start:.0f} s", flush=True)
+            peak_of("search", f"search over {count:6,} JPEGs of 12 megapixels", "--ckpt", folder / "ckpt.pt", "--images",
+                    folder / str(count), "--html", folder / "g.html", "a dog")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["index", "images", "memory", "search"])
+    parser.add_argument("what", choices=["index", "images", "memory", "search", "retrieval"])
     parser.add_argument("--dir", help="where large files may lie")
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--count", type=int, default=300)
@@ -209,7 +233,9 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=5_000_000)
     parser.add_argument("--pictures", type=int, default=1_000_000)
     parser.add_argument("--photographs", type=int, default=200)
+    parser.add_argument("--small", type=int, default=5000)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"                                      # of the runs of train.py
     torch.set_num_threads(1)                                                 # as in a worker of the DataLoader
-    {"index": bench_index, "images": bench_images, "memory": bench_memory, "search": bench_search}[args.what](args)
+    {"index": bench_index, "images": bench_images, "memory": bench_memory, "search": bench_search,
+     "retrieval": bench_retrieval}[args.what](args)
