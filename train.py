@@ -414,9 +414,9 @@ def train_step(run, batch, stats, step):
     # draws what the uninterrupted one drew. (2 * seed: the second stream draws with 2 * seed + 1.)
     seed = args.seed * 1_000_003 + step
     torch.manual_seed(seed * W + rank)
+    run.optimizer.zero_grad()                    # frees the last gradient before activations come
     with run.autocast:
         loss, numbers = run.wrapped(*batch, seed=2 * seed)
-    run.optimizer.zero_grad()
     loss.backward()
     norms = gradient_norms(run.objective)
 
