@@ -65,7 +65,8 @@ from formats.images import normalise
 from formats.sources import BadRecords
 from kernels.packed import offsets
 from losses import MaskedText, Options, all_reduce, cross_view, world
-from model import PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, parameter_groups
+from model import (PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, parameter_groups,
+                   training_dtype)
 from weights import starting_point
 
 # --------------------------------------------------------------------------------------------------
@@ -216,20 +217,6 @@ def start_processes():
         # The strides of 1 x 1 convolutions differ only along dimensions of size 1.
         warnings.filterwarnings("ignore", "Grad strides do not match")
     return device
-
-
-def training_dtype(device):
-    """bf16 where the hardware multiplies it, else fp32 -> (dtype, reason)."""
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU multiplies it"
-        return torch.float32, "this GPU does not multiply bfloat16"
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    for flag in ("amx_bf16", "avx512_bf16"):
-        if flag in flags:
-            return torch.bfloat16, f"the CPU has {flag}"
-    return torch.float32, "this CPU has neither amx_bf16 nor avx512_bf16"
 
 
 def worker_count(args):
