@@ -171,9 +171,11 @@ def test_states_of_images_are_not_copied_when_all_have_a_caption(tokenizer, rows
     assert some.starts.tolist() == [0, size, 2 * size] and torch.equal(some.vectors, view.vectors[[1, 4]])
 
 
-def test_a_cpu_evaluates_in_float32_also_inside_the_autocast_of_training():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_multiplies_in_the_type_of_training(dtype, monkeypatch):
+    monkeypatch.setattr(evaluate, "training_dtype", lambda device: (dtype, "the test says so"))
     with torch.autocast("cpu", torch.bfloat16), evaluate.inference_context(torch.device("cpu")):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_the_report_has_every_language_and_group_and_prints(tokenizer, capsys):

@@ -150,19 +150,30 @@ def test_drop_path_drops_whole_images_in_training_only():
     assert len(seen) == 8 and {value for images in seen for value in images} == {0, 2}
 
 
+@pytest.mark.parametrize("vision", ["vit", "clip", "beit2"])
+def test_image_encoders_have_no_dropout(vision):
+    """As published: only text and fusion encoder have it."""
+    model = make(vision=vision, dropout=0.5).train()
+    images, words, starts, *_ = example(model)
+    first, second = ([model.encode_image(images, None).states, model.encode_text(words, starts, None).states]
+                     for _ in range(2))
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+
+
 def test_a_training_batch_has_no_padding(tokenizer):
     batch = data.Batches(tokenizer, data.Stream(data.DemoImages(), 8), None, seed=0)[0][0]
     assert not (batch["b"].token_ids == data.PAD).any() and len(batch["b"].token_ids) == batch["b"].starts[-1]
 
 
-def test_gradient_cache_and_checkpointing_are_exact_and_keep_less():
-    gradients_in_chunks_and_with_checkpointing("cpu")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradient_cache_and_checkpointing_are_exact_and_keep_less(dtype):
+    gradients_in_chunks_and_with_checkpointing("cpu", dtype)
 
 
-def gradients_in_chunks_and_with_checkpointing(device):
+def gradients_in_chunks_and_with_checkpointing(device, dtype=torch.float32):
     """--chunk and --checkpointing: the same gradients, and fewer bytes kept for the backward pass. (The kernels are
     for float64 in the interpreter only: float32 on a GPU.)"""
-    dtype, allowed = (torch.float64, 1e-12) if device == "cpu" else (torch.float32, 1e-5)
+    allowed = 1e-12 if dtype == torch.float64 else 1e-5
 
     def gradients(chunk, checkpointing):
         model, kept = make().to(device, dtype), {}

@@ -89,9 +89,13 @@ def padded_stream(model, batch, stream):
     fused = reference.fuse(model, masked, mask, a, a_mask)
     is_masked, _ = padded(torch.zeros(len(batch["b"].token_ids)).index_fill(0, batch["masked"].positions, 1),
                           batch["b"].starts, most)
+    # A sentence has as many masked slots as it may have masked tokens; empty ones have the label -100.
+    labels = batch["masked"].labels
+    empty = B * LIMITS[stream][2] - len(labels)
     head = model.mlm_head
-    logits = F.linear(head(fused[is_masked.bool()]), head.weight, head.bias).float()
-    return contrast + match + F.cross_entropy(logits, batch["masked"].labels)
+    x = head(F.pad(fused[is_masked.bool()], (0, 0, 0, empty)))
+    logits = F.linear(x, head.weight, head.bias).float()
+    return contrast + match + F.cross_entropy(logits, F.pad(labels, (0, empty), value=-100))
 
 
 def padded_step(run, image, text):
