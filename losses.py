@@ -216,7 +216,7 @@ class VocabularyLoss(torch.autograd.Function):
             total -= log_p.gather(1, label).sum()
             # 2. d loss / d logits = softmax - (1 at the label), in the memory of log_p.
             gradient = log_p.exp_()
-            gradient.scatter_add_(1, label, gradient.new_full(label.shape, -1))
+            gradient.scatter_(1, label, gradient.gather(1, label) - 1)
             bias_gradient += gradient.sum(0)
             gradient = gradient.to(x.dtype)
             x_gradient[rows] = gradient @ weight                         # (m, V) -> (m, D)

@@ -408,7 +408,6 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.offset = c.offset
         self.longest = c.positions - c.offset                            # tokens of a sentence
-        self.tied = c.tied
         self.token_embedding = nn.Embedding(c.vocabulary, c.width)
         self.positions = nn.Embedding(c.positions, c.width)
         self.token_type = nn.Parameter(torch.zeros(c.width))             # XLM-R has one, for all
@@ -421,11 +420,7 @@ class TextEncoder(nn.Module):
         T = len(token_ids)
         first = torch.repeat_interleave(starts[:-1], starts.diff(), output_size=T)         # (T,)
         position = torch.arange(T, device=token_ids.device) - first      # (T,): 0, 1, 2 ... in each
-        # A tied table gets a dense gradient from the decoder. On a CPU that of the T rows looked up
-        # here is added to it, without a second matrix (V, D). (On CUDA this sum has no order.)
-        sparse = self.tied and not token_ids.is_cuda
-        x = F.embedding(token_ids, self.token_embedding.weight, sparse=sparse)         # (T, D)
-        x = x + self.positions(position + self.offset)
+        x = self.token_embedding(token_ids) + self.positions(position + self.offset)
         x = self.dropout(self.norm(x + self.token_type))                 # (T, D)
         for layer in self.layers:
             x = run(layer, x, starts)
