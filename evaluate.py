@@ -49,7 +49,7 @@ from formats.records import BadRecord
 from formats.sources import ImageFiles, open_readers, parse_all, row_of
 from kernels.packed import gather_sequences, offsets
 from losses import MaskedText, cross_view, fuse_pairs, hard_negatives
-from model import View
+from model import View, training_dtype
 from weights import load_model
 
 GROUPS = {"seen": "seen with images", "text_only": "only in parallel text",
@@ -141,9 +141,9 @@ def load(path, device="cpu"):
 
 
 def inference_context(device):
-    """For the encoders and the fusion encoder: bfloat16 where a GPU multiplies it, else float32."""
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+    """For the encoders and the fusion encoder: the autocast of training (model.training_dtype)."""
+    dtype, _ = training_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def join(views):

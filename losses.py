@@ -193,20 +193,50 @@ class MaskedText(NamedTuple):
     labels: torch.Tensor                # (M,) the true ids
 
 
+PIECE = 512                 # masked tokens whose logits exist at a time: 0.5 GB at V = 250,002
+
+
+class VocabularyLoss(torch.autograd.Function):
+    """The sum over M rows of cross_entropy(x @ weight.T + bias, labels). Logits of all rows are
+    never held: a piece's gradient is computed as soon as its loss is, so nothing is kept of it and
+    nothing is computed twice. (F.linear_cross_entropy rounds 16-bit losses row by row.)"""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, labels):
+        total = at_least_float32(x.new_zeros(()))
+        x_gradient = torch.empty_like(x)                                 # (M, D)
+        weight_gradient = torch.zeros_like(weight)                       # (V, D)
+        bias_gradient = at_least_float32(torch.zeros_like(bias))         # (V,)
+        for first in range(0, len(x), PIECE):
+            # 1. The product in x's type; its softmax, and all sums, in float32 or wider.
+            rows = slice(first, first + PIECE)
+            label = labels[rows, None]                                   # (m, 1)
+            logits = F.linear(x[rows], weight, bias)                     # (m, D) -> (m, V)
+            log_p = logits.log_softmax(1, dtype=total.dtype)             # (m, V)
+            total -= log_p.gather(1, label).sum()
+            # 2. d loss / d logits = softmax - (1 at the label), in the memory of log_p.
+            gradient = log_p.exp_()
+            gradient.scatter_(1, label, gradient.gather(1, label) - 1)
+            bias_gradient += gradient.sum(0)
+            gradient = gradient.to(x.dtype)
+            x_gradient[rows] = gradient @ weight                         # (m, V) -> (m, D)
+            weight_gradient.addmm_(gradient.T, x[rows])                  # += (V, m) @ (m, D)
+        ctx.save_for_backward(x_gradient, weight_gradient, bias_gradient.to(bias.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, factor):
+        # In place: there is one (V, D) gradient. A second backward pass through it is an error.
+        return *(gradient.mul_(factor) for gradient in ctx.saved_tensors), None
+
+
 def masked_lm_loss(head, states, labels):
     """states (M, D) of masked positions, labels (M,) the true ids -> cross entropy over the
-    vocabulary. Memory: logits exist for 512 rows at a time, 0.5 GB in float32 at V = 250,002
-    (all of them: 1.0 GB for every 1,000 masked tokens, two or three times over)."""
+    vocabulary. Under autocast its products are in 16 bits, its softmax and sums are not."""
     x = in_autocast_type(head(states))                                   # (M, D)
     weight = in_autocast_type(head.weight)                               # (V, D)
     bias = in_autocast_type(head.bias)                                   # (V,)
-    # "compact" sums products in float32. Under autocast the loss of a row still has 16 bits (steps
-    # of 0.06 at 9), hence "none" and a float32 sum over rows; the gradient is not rounded so.
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None,
-                                                 acc_policy="compact")
-    losses = F.linear_cross_entropy(x, weight, labels, linear_bias=bias, reduction="none",
-                                    options=options)                     # (M,)
-    own_sum = at_least_float32(losses).sum()
+    own_sum = VocabularyLoss.apply(x, weight, bias, labels)
     return global_mean(own_sum, own_sum.detach().new_full((), len(labels)))
 
 

@@ -19,6 +19,7 @@ vocabulary.
     python model.py         parameters of every preset
 """
 import copy
+import pathlib
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ class Config:
     for, RECIPES how each of them is trained."""
     width: int = 128                    # D, of all three parts
     embedding: int = 256                # E, the contrastive vectors
-    dropout: float = 0.1                # on embeddings and sublayer outputs; none on attention
+    dropout: float = 0.1                # of text and fusion encoder, on embeddings and sublayer
+                                        # outputs; none on attention
     pool: str = "first"                 # the vector is of the "first" token (as published) or of
                                         # the "mean" of all tokens
     # vision
@@ -158,6 +160,20 @@ RECIPE_SOURCES = {
     "base": "CCLM-X2VLM-base as published",
     "large": "CCLM-X2VLM-large as published",
 }
+
+
+def training_dtype(device):
+    """bf16 where the hardware multiplies it, else fp32 -> (dtype, reason)."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU multiplies it"
+        return torch.float32, "this GPU does not multiply bfloat16"
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    for flag in ("amx_bf16", "avx512_bf16"):
+        if flag in flags:
+            return torch.bfloat16, f"the CPU has {flag}"
+    return torch.float32, "this CPU has neither amx_bf16 nor avx512_bf16"
 
 
 def at_least_float32(x):
@@ -292,7 +308,6 @@ class VisionLayer(nn.Module):
         grid = c.image_size // c.patch_size if beit else None
         self.attention = Attention(c.width, c.vision_heads, k_bias=not beit, grid=grid)
         self.mlp = MLP(c.width, c.vision_mlp, quick=c.vision == "clip")
-        self.dropout = nn.Dropout(0.0 if beit else c.dropout)
         self.drop_path = drop_path
         self.layer_scale1 = 1.0
         self.layer_scale2 = 1.0
@@ -309,7 +324,6 @@ class VisionLayer(nn.Module):
         return x + self.layer_scale2 * self.drop(y, starts)
 
     def drop(self, y, starts):
-        y = self.dropout(y)
         if self.training and self.drop_path:
             y = drop_path(y, len(starts) - 1, self.drop_path)
         return y

@@ -81,7 +81,8 @@ from formats.images import normalise
 from formats.sources import BadRecords, parse_all
 from kernels.packed import offsets
 from losses import MaskedText, Options, all_reduce, cross_view, world
-from model import PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, parameter_groups
+from model import (PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, parameter_groups,
+                   training_dtype)
 from weights import starting_point
 
 # --------------------------------------------------------------------------------------------------
@@ -264,20 +265,6 @@ def launch_others(args):
         place = {"RANK": rank, "LOCAL_RANK": rank, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         subprocess.Popen([sys.executable, *sys.argv], env=os.environ | place)
     os.environ["RANK"] = "0"
-
-
-def training_dtype(device):
-    """bf16 where the hardware multiplies it, else fp32 -> (dtype, reason)."""
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU multiplies it"
-        return torch.float32, "this GPU does not multiply bfloat16"
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    for flag in ("amx_bf16", "avx512_bf16"):
-        if flag in flags:
-            return torch.bfloat16, f"the CPU has {flag}"
-    return torch.float32, "this CPU has neither amx_bf16 nor avx512_bf16"
 
 
 def worker_count(args):
@@ -470,9 +457,9 @@ def train_step(run, batch, stats, step):
     # draws what the uninterrupted one drew. (2 * seed: the second stream draws with 2 * seed + 1.)
     seed = args.seed * 1_000_003 + step
     torch.manual_seed(seed * W + rank)
+    run.optimizer.zero_grad()                    # frees the last gradient before activations come
     with run.autocast:
         loss, numbers = run.wrapped(*batch, seed=2 * seed)
-    run.optimizer.zero_grad()
     loss.backward()
     norms = gradient_norms(run.objective)
 

@@ -18,6 +18,12 @@ from model import CCLM, PRESETS
 LANGUAGES = ["en", "de", "hi"]
 
 
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    """What is compared with a reference is computed in float32 on every machine."""
+    monkeypatch.setattr(evaluate, "training_dtype", lambda device: (torch.float32, "tests compare"))
+
+
 def make(tokenizer, **changes):     # a tiny model whose match head has an opinion
     torch.manual_seed(0)
     changes |= {"width": 32, "embedding": 16, "image_size": 32, "vision_layers": 1, "text_layers": 1, "init_std": 0.2}
@@ -261,9 +267,11 @@ def test_languages_are_grouped_by_their_role_in_training_and_each_has_its_chance
     assert found[1]["en"] == found[1]["de"] == ["5", "20.00"] and found[2]["en"] == ["6", "16.67"]
 
 
-def test_a_cpu_evaluates_in_float32_also_inside_the_autocast_of_training():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_multiplies_in_the_type_of_training(dtype, monkeypatch):
+    monkeypatch.setattr(evaluate, "training_dtype", lambda device: (dtype, "the test says so"))
     with torch.autocast("cpu", torch.bfloat16), evaluate.inference_context(torch.device("cpu")):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_the_report_has_every_language_and_group_and_prints(tokenizer, capsys):
