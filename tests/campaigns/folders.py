@@ -35,7 +35,7 @@ from formats import images                                                   # n
 from formats.records import BadRecord, printable                             # noqa: E402
 
 BYTE = os.fsdecode(b"\xff")                                                  # in names: not UTF-8
-KEYS = ["{:04}", "v1.{}", "my dog {}", "Müller{}", "{}.ab", "deep/er/{}", BYTE + "{}"]
+KEYS = ["{:04}", "v1.{}", "my dog {}", "Müller{}", "{}.ab", "deep/er/{}", BYTE + "{}", "{before:04}.5"]
 NAMES = ["plain", "v1.0", "my data", "Bücher", "x[1]", "a@b", "c=1", "d.de", BYTE + "e"]
 IMAGE = ["cut", "empty", "garbage", "gone"]                                  # damage of the image
 TEXT = ["no caption", "blank", "not UTF-8", "no JSON"]                       # and of the captions
@@ -84,9 +84,9 @@ def picture(draw):
 def record(draw, number):
     seen, raw, suffix = picture(draw)
     texts = samples.said(number, draw.sample(samples.LANGUAGES, draw.randint(1, 3)))
-    damage = draw.choice([""] * 16 + IMAGE + TEXT)
+    damage = draw.choice([""] * 16 + IMAGE + TEXT) if number else ""         # one is good
     broken = {"cut": raw[:int(len(raw) * draw.uniform(0.05, 0.6))], "empty": b"", "garbage": b"<html>not found</html>"}
-    return Record(draw.choice(KEYS).format(number), seen, broken.get(damage, raw), suffix, texts, damage)
+    return Record(draw.choice(KEYS).format(number, before=number - 1), seen, broken.get(damage, raw), suffix, texts, damage)
 
 
 def json_of(made, row, field="captions", one=False):
@@ -119,18 +119,19 @@ def write(path, raw):
 def tar(draw, folder, made, name, named=None):
     """A KEY has a .json, a .txt, or both: the .txt counts where the .json has no captions, as img2dataset writes it."""
     named = draw.choice(["", "@de"]) if named is None else named
-    path, found = folder / f"{name}.tar", {}
+    path, found, members = folder / f"{name}.tar", {}, []
     folder.mkdir(parents=True, exist_ok=True)
+    for x in made:
+        text, kind = text_of(x, first(x.texts)), draw.choice(["json", "txt", "both"])
+        parts = {} if x.damage == "gone" else {x.suffix: x.raw}
+        if x.damage != "no caption":
+            parts |= {"json": {".json": json_of(x, {"url": "x"})}, "txt": {".txt": text},
+                      "both": {".json": b'{"caption": null, "status": "success"}', ".txt": text}}[kind]
+        members += [(x.key + suffix, raw) for suffix, raw in parts.items()]
+        found[f"{path} KEY {x.key}"] = x, x.texts if kind == "json" else {named[1:] or "unknown": first(x.texts)}
     with tarfile.open(path, "w", format=draw.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as archive:
-        for x in made:
-            text, kind = text_of(x, first(x.texts)), draw.choice(["json", "txt", "both"])
-            parts = {} if x.damage == "gone" else {x.suffix: x.raw}
-            if x.damage != "no caption":
-                parts |= {"json": {".json": json_of(x, {"url": "x"})}, "txt": {".txt": text},
-                          "both": {".json": b'{"caption": null, "status": "success"}', ".txt": text}}[kind]
-            for suffix, raw in parts.items():
-                samples.add(archive, x.key + suffix, raw)
-            found[f"{path} KEY {x.key}"] = x, x.texts if kind == "json" else {named[1:] or "unknown": first(x.texts)}
+        for member in draw.choice([members, sorted(members)]):               # tar --sort=name
+            samples.add(archive, *member)
     return f"{path}{named}", found, {}
 
 
