@@ -1030,7 +1030,7 @@ TOLD = {
     r"(?i)out of memory|allocate memory": "memory is full: choose a smaller --batch and "
                                           "--text_batch, or --checkpointing",
     r"C(\+\+)? compiler": "--compile and Triton on a GPU need a C compiler, for example gcc",
-    r"(?i)closed by peer|reset by peer|broken pipe|timed out|nccl": DIED,
+    r"(?i)closed by peer|likely closed|reset by peer|broken pipe|timed out|nccl": DIED,
 }
 
 
