@@ -164,11 +164,11 @@ def test_test_pictures_among_those_of_training_and_blank_ones_are_named(tmp_path
 
 
 def test_the_list_has_every_broken_record(tmp_path, capsys):
-    path = tmp_path / "a.tsv"
+    path = tmp_path / os.fsdecode(b"\xff.tsv")                               # a name that is not UTF-8 is escaped
     write(path, ["a\tb" if i % 2 else "alone" for i in range(60)])
     assert data.main([str(path), "--list", str(tmp_path / "bad")]) == 1
     assert (tmp_path / "bad").read_text().splitlines() == [
-        f"{path} line {i}: 1 column(s), not two" for i in range(1, 61, 2)]
+        f"{tmp_path}/\\udcff.tsv line {i}: 1 column(s), not two" for i in range(1, 61, 2)]
 
 
 def test_a_model_finds_the_pairs_that_do_not_fit(tmp_path, tokenizer, scenes):
