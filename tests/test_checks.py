@@ -1,4 +1,5 @@
 """The doctor warns of what is wrong with texts and pairs, names its first place, and is silent on good data."""
+import os
 import random
 import re
 
