@@ -526,7 +526,8 @@ def doctor_command(words):
     options = args.longest, args.cache, args.image_root
     if not args.list:
         return doctor.doctor(args.paths, encode, *options)
-    with open(args.list, "x", encoding="utf-8") as listing:     # never over a file of data
+    # Never over a file of data. A name that is not UTF-8 is escaped.
+    with open(args.list, "x", encoding="utf-8", errors="backslashreplace") as listing:
         return doctor.doctor(args.paths, encode, *options, listing)
 
 

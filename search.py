@@ -19,7 +19,7 @@ import torch
 import data
 import evaluate
 from formats.images import open_image
-from formats.records import SUFFIXES, reason
+from formats.records import SUFFIXES, is_picture, reason
 from formats.sources import ImageFiles, parse_all
 
 THUMBNAIL = 160                                         # pixels of the longer side
@@ -31,7 +31,7 @@ def find_pictures(argument):
     """A folder with pictures, at any depth, or what train.py --images reads -> [(name, function
     without arguments -> path or bytes)]."""
     files = sorted(file for file in pathlib.Path(argument).rglob("*")
-                   if file.suffix.lower() in SUFFIXES and file.is_file())
+                   if is_picture(file) and file.is_file())
     if files:
         return [(str(file), lambda file=file: file) for file in files]
     dataset = ImageFiles(parse_all([argument]), None)

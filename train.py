@@ -263,7 +263,9 @@ def launch_others(args):
     torch.set_num_threads(cores // count)
     for rank in map(str, range(1, count)):
         place = {"RANK": rank, "LOCAL_RANK": rank, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        subprocess.Popen([sys.executable, *sys.argv], env=os.environ | place)
+        # In a session of its own Ctrl-C does not reach it: this process tells it (train_step).
+        subprocess.Popen([sys.executable, *sys.argv], env=os.environ | place,
+                         start_new_session=True)
     os.environ["RANK"] = "0"
 
 
@@ -713,6 +715,10 @@ def prepare(args, device):
     state = read_checkpoint(path, mmap=True) if path.exists() and not args.fresh else None
     if state and not args.explain:
         compare(args, state["config"]["train"], path)
+    # Long before workers are forked: Python 3.11 can lock up a process that is forked while a
+    # thread of gloo cleans up after Python's objects.
+    if W > 1:
+        check_steps(args, state)
     torch.manual_seed(args.seed)
     model, tokenizer, origin = starting_point(path, state, vars(args))
     say(recipe_lines(args, tokenizer.size))
@@ -758,17 +764,16 @@ def prepare(args, device):
         resume(run, state)
     if W > 1:
         run.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
-        check_steps(run)
     return run
 
 
-def check_steps(run):
+def check_steps(args, state):
     """ValueError where two nodes do not see the same --out: one would resume, the other begin."""
     steps = [None] * world()[1]
-    dist.all_gather_object(steps, run.step)
+    dist.all_gather_object(steps, state["step"] if state else 0)
     if len(set(steps)) > 1:
         raise ValueError(f"processes found checkpoints of steps {sorted(set(steps))} in "
-                         f"{run.args.out}: it must be one folder that all nodes see")
+                         f"{args.out}: it must be one folder that all nodes see")
 
 
 def resume(run, state):
@@ -870,6 +875,8 @@ def start_worker(worker):
     # Python drops a batch that cannot be sent, for example because shared memory is full, and the
     # loop would wait for it for ever. The death of a worker is noticed.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
+    # Errors of the data go to the loop. Else a thread of torch's tells that the loop has ended.
+    sys.excepthook = lambda *_: None
 
 
 def load(run, last):
@@ -1012,7 +1019,7 @@ TOLD = {
     r"(?i)out of memory|allocate memory": "memory is full: choose a smaller --batch and "
                                           "--text_batch, or --checkpointing",
     r"C(\+\+)? compiler": "--compile and Triton on a GPU need a C compiler, for example gcc",
-    r"(?i)closed by peer|reset by peer|broken pipe|timed out|nccl": DIED,
+    r"(?i)closed by peer|likely closed|reset by peer|broken pipe|timed out|nccl": DIED,
 }
 
 

@@ -39,6 +39,8 @@ def write_checkpoint(path, state):
             os.fsync(file.fileno())
         os.replace(tmp_path, path)
     except (OSError, RuntimeError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):    # torch closes half an archive
+            raise error.__context__ from None
         # A full disk is a RuntimeError of torch that says "enforce fail". Other RuntimeErrors are
         # not about this file: for example, a data worker died at this moment.
         if isinstance(error, RuntimeError) and "enforce fail" not in str(error):

@@ -91,7 +91,10 @@ def files_of(pattern):
 def data_of_folder(folder):
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
     keys = {os.path.splitext(name)[0] for name in names if is_picture(name)}
-    beside = {name for name in names if os.path.splitext(name)[0] in keys}      # KEY.json
+    beside = {name for name in names                            # KEY.json, KEY.en.txt
+              if keys.intersection((name.rsplit(".", 1)[0], name.rsplit(".", 2)[0]))}
+    if not all(map(is_picture, beside)):        # so another KEY.json has lost its picture
+        beside.update(name for name in names if name.lower().endswith(".json"))
     files = [os.path.join(folder, name) for name in names if is_data(name) and name not in beside]
     if files:
         return files

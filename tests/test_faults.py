@@ -11,6 +11,7 @@ import sys
 import time
 
 from campaigns import faults
+from campaigns import folders
 from campaigns import kills
 import pytest
 import samples
@@ -21,6 +22,11 @@ import train
 import weights
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_training_doctor_evaluation_and_search_agree_on_what_is_good_and_see_the_same(tmp_path, tokenizer):
+    whats, counts, wrong = zip(*(folders.one_folder(seed, tmp_path / str(seed), tokenizer) for seed in (27, 33)))
+    assert wrong == ([], []) and sum(counts) == 44, whats
 
 
 @pytest.mark.parametrize("numbers", [range(1, 12), range(12, 21), range(21, 30)])

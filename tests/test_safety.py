@@ -17,6 +17,7 @@ import torch
 
 import data
 import train
+from formats.checkpoints import write_checkpoint
 from test_resume import TINY, here, same, steps_done, whole                        # noqa: F401, a fixture
 
 SMALL = ("--steps 4 --save_every 1 --log_every 1 --batch 8 --text_batch 8 --width 32 --vision_mlp 64 --text_mlp 64 "
@@ -129,6 +130,13 @@ def test_a_second_ctrl_c_ends_at_once_and_a_run_under_nohup_goes_on(tmp_path, ca
     assert train.main(["--out", str(tmp_path), *SMALL], twice) == 2
     assert capsys.readouterr().err == "error: interrupted; the last checkpoint is as it was\n"
     assert checkpoint(tmp_path)["step"] == 2
+
+    class Slow:                                                              # the second Ctrl-C while a file is written
+        def __reduce__(self):
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "ckpt.pt", {"a": torch.zeros(9), "b": Slow()})
+    assert checkpoint(tmp_path)["step"] == 2 and not list(tmp_path.glob("*.tmp"))
 
     def hangs_up(*args):
         signal.raise_signal(signal.SIGHUP)

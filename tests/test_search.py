@@ -78,9 +78,11 @@ def test_pictures_deeper_inside_and_those_of_training_data_are_searched(checkpoi
     (tmp_path / "a" / "b").mkdir(parents=True)
     for i in range(3):
         (tmp_path / "a" / "b" / f"{i}.JPG").write_bytes(samples.jpeg(i))
-    samples.write_tar(tmp_path / "c.tar", 3)
+    (tmp_path / "c").mkdir()
+    samples.write_tar(tmp_path / "c" / "c.tar", 3)
+    (tmp_path / "c" / "._x.jpg").write_bytes(b"macOS leaves it: no picture")
     found = []
-    for source in ("a", "c.tar"):
+    for source in ("a", "c"):
         assert search.main(f"--ckpt {checkpoint} --images {tmp_path / source} --html {tmp_path}/g.html dog".split()) == 0
         found.append(re.findall(r"^ +\d +(-?[\d.]+)  (.*)$", capsys.readouterr().out, re.M))
     assert [score for score, _ in found[0]] == [score for score, _ in found[1]] and len(found[0]) == 3

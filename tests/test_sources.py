@@ -87,6 +87,11 @@ def test_a_folder_of_pictures_is_read_also_nested(tmp_path):
     assert data.main([str(tmp_path)]) == 1                                   # a picture without a caption
 
 
+def test_a_folder_of_pictures_stays_one_when_a_picture_is_lost(tmp_path):
+    write(tmp_path, {f"{i}.json": '{"caption": "x"}' for i in range(3)} | {"0.jpg": samples.jpeg(0), "1.jpg": samples.jpeg(1)})
+    assert captions(tmp_path) == [{"unknown": ["x"]}] * 2                    # 2.json alone is no file of JSON lines
+
+
 def test_img2datasets_folder_of_tars_is_read_as_it_is(tmp_path):
     samples.write_tar(tmp_path / "00000.tar", 2)
     write(tmp_path, {"00000_stats.json": "{}", "00000.parquet": b"PAR1", "wandb.log": ""})

@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -117,7 +118,9 @@ def one_kill(number, folder, whole):
     reached = steps_done(out)
     survivors = processes > 1 or victim == "worker"
     if status != 0 and survivors:                                            # 0: it ended before it was hit
-        assert f"error: {'a data worker' if victim == 'worker' else 'another process of this run'} died" in text, text[-2000:]
+        died = "a data worker died" if victim == "worker" else "another process of this run died"
+        first = re.search(r"rank +: 0 .*\n.*exitcode +: -9", text)           # the one that speaks: torchrun tells it
+        assert f"error: {died}" in text or first, text[-2000:]
         assert 'train.py", line' not in text, text[-2000:]                   # a traceback is torchrun's own, not ours
     for path in out.glob("*.pt"):
         torch.load(path, weights_only=True)
