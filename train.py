@@ -224,15 +224,12 @@ def recipe_lines(args, vocabulary):
 # Set-up
 # --------------------------------------------------------------------------------------------------
 
-def start_processes(args, launch):
-    """Joins torchrun's process group where there is one -> device. Each process has a GPU of its
-    own (nccl), or all share the CPU (gloo). launch: start the other processes of a CPU's run?"""
-    if "RANK" not in os.environ:
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-            raise ValueError("srun alone starts runs that know nothing of each other: use srun "
-                             "--ntasks-per-node=1 torchrun ... (docs/gpus.md, SLURM)")
-        if launch and not torch.cuda.is_available():
-            launch_others(args)
+def start_processes():
+    """Joins the process group of torchrun or launch_others where there is one -> device. Each
+    process has a GPU of its own (nccl), or all share the CPU (gloo)."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
+        raise ValueError("srun alone starts runs that know nothing of each other: use srun "
+                         "--ntasks-per-node=1 torchrun ... (docs/gpus.md, SLURM)")
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -253,9 +250,12 @@ def launch_others(args):
     """Starts the other processes of a run on CPUs and makes this one the first of them. Of the
     small operations of a small model, two threads do hardly more than one; two processes do."""
     cores = os.cpu_count() or 1
+    # Their number must divide both batches.
     count = math.gcd(min(args.processes, cores) or 1, args.batch, args.text_batch)
-    if count < 2 or args.explain:
+    known = {"RANK", "SLURM_STEP_NUM_TASKS"} & os.environ.keys()           # others start processes
+    if count < 2 or args.explain or known or torch.cuda.is_available():
         return
+    # A port that is free now. All processes meet there: torch reads these variables.
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
@@ -1034,7 +1034,9 @@ def main(argv=None, step=train_step):
     args = settings(argv)
     run = None
     try:
-        device = start_processes(args, launch=argv is None)
+        if argv is None:                        # not where a test calls main() with a command line
+            launch_others(args)
+        device = start_processes()
         check(args)
         # One process writes. --explain reads a checkpoint if there is one and writes nothing.
         alone = args.explain or world()[0] > 0
