@@ -247,8 +247,8 @@ def start_processes():
 
 
 def launch_others(args):
-    """Starts the other processes of a run on CPUs and makes this one the first of them. Of the
-    small operations of a small model, two threads do hardly more than one; two processes do."""
+    """Starts the other processes of a run on CPUs (--processes) and makes this one the first of
+    them. Beside other programs, processes of one thread each wait less for each other's threads."""
     cores = os.cpu_count() or 1
     # Their number must divide both batches.
     count = math.gcd(min(args.processes, cores) or 1, args.batch, args.text_batch)
