@@ -1,0 +1,4 @@
+"""The benchmarks: one class each, by the name that train.py --task and evaluate.py take."""
+from tasks.xvnli import Xvnli
+
+TASKS = {task.name: task for task in (Xvnli,)}
