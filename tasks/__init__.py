@@ -1,4 +1,4 @@
 """The benchmarks: one class each, by the name that train.py --task and evaluate.py take."""
-from tasks.xvnli import Xvnli
+from tasks.xvnli import Xvnli, XvnliPremise
 
-TASKS = {task.name: task for task in (Xvnli,)}
+TASKS = {task.name: task for task in (Xvnli, XvnliPremise)}

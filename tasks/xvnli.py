@@ -44,3 +44,10 @@ class Xvnli(Classification):
             if label >= 0 or split != "train":
                 found.append(Example((picture,), text, label))
         return found
+
+
+class XvnliPremise(Xvnli):
+    """The same with the premise before the sentence: what a caption adds to the picture."""
+    name = "xvnli_premise"
+    published = {}
+    with_premise = True
