@@ -309,6 +309,23 @@ def cross_view(model, a, b, masked, seed, negatives=None, options=Options()):
     return losses
 
 
+def translation_lm(model, a, b, joined, masked, options=Options()):
+    """An ablation of the paper, for parallel text: the contrastive loss stays, but instead of
+    matching and masked LM there is XLM's translation LM (arXiv 1901.07291), which reads a sentence
+    and its translation as ONE text. So no sentence is a view of another.
+
+    joined     View of B texts "<s> a </s> b </s>" with tokens masked; masked: their MaskedText
+    Returns what cross_view does; "match" is 0."""
+    weights = options.weights | {"match": 0.0}
+    losses = cross_view(model, a, b, None, 0, options=options._replace(weights=weights))
+    everyone = torch.arange(len(b.starts) - 1, device=b.states.device)   # (B,)
+    nothing = torch.full_like(everyone, -1)
+    states = model.fuse(joined, a, everyone, nothing, masked.positions)  # (M, D)
+    losses["mask"] = masked_lm_loss(model.mlm_head, states, masked.labels)
+    losses["loss"] = losses["loss"] + weights["mask"] * losses["mask"]
+    return losses
+
+
 # --------------------------------------------------------------------------------------------------
 # Sanity table
 # --------------------------------------------------------------------------------------------------
