@@ -717,6 +717,14 @@ def retrieval_command(args, device):
         print(f"\nwrote {args.json}")
 
 
+def done_before(partial, of):
+    """The scores that an interrupted run of the same command left: {language: {key: number}}."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(partial.read_text()) if partial else {}
+        return found["scores"] if found["of"] == of else {}
+    return {}
+
+
 def task_command(args, device):
     task = TASKS[args.task](args.data, args.image_root)
     model, state = load_model(args.ckpt, task)
@@ -743,14 +751,6 @@ def task_command(args, device):
         data.write_output(args.json, json.dumps(report, indent=1).encode())
         partial.unlink(missing_ok=True)
         print(f"\nwrote {args.json}")
-
-
-def done_before(partial, of):
-    """The scores that an interrupted run of the same command left: {language: {key: number}}."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads(partial.read_text())
-        return found["scores"] if found["of"] == of else {}
-    return {}
 
 
 def main(argv=None):
