@@ -49,11 +49,13 @@ from formats.records import BadRecord
 from formats.sources import ImageFiles, open_readers, parse_all, row_of
 from kernels.packed import gather_sequences, offsets
 from losses import MaskedText, cross_view, fuse_pairs, hard_negatives
-from model import View, training_dtype
+from model import View, inference_context
+from tasks import TASKS
 from weights import load_model
 
 GROUPS = {"seen": "seen with images", "text_only": "only in parallel text",
           "never": "never in training"}
+TASK_GROUPS = GROUPS | {"others": "all but English"}
 COLUMNS = {"chance_r1": "chance", "{}_r1": "R@1", "{}_r1_equal": "equal",
            "reranked_{}_r1": "re-ranked", "matched_{}_r1": "by match", "new_{}_r1": "new names",
            "{}_r5": "R@5", "{}_r10": "R@10"}
@@ -138,12 +140,6 @@ def load(path, device="cpu"):
     model, state = load_model(path)
     languages = state["config"].get("languages")
     return model.eval().to(device), data.Tokenizer(state["tokenizer"]), languages
-
-
-def inference_context(device):
-    """For the encoders and the fusion encoder: the autocast of training (model.training_dtype)."""
-    dtype, _ = training_dtype(device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def join(views):
@@ -466,12 +462,15 @@ def group_means(scores, languages):
     if languages:
         known = set(itertools.chain(*languages.values()))
         groups = languages | {"never": [k for k in scores if k not in known]}
-    means = {}
-    for group, codes in groups.items():
-        members = [scores[k] for k in codes if k in scores]
-        for key in dict.fromkeys(itertools.chain(*members)):
-            values = [x[key] for x in members if key in x]
-            means.setdefault(group, {"languages": len(members)})[key] = fmean(values)
+    members = {group: [scores[k] for k in codes if k in scores] for group, codes in groups.items()}
+    return {group: means_of(members[group]) for group in groups if members[group]}
+
+
+def means_of(scores):
+    """[{key: %}] of some languages -> {key: mean over those that have it}, "languages": how many."""
+    means = {"languages": len(scores)}
+    for key in dict.fromkeys(itertools.chain(*scores)):
+        means[key] = fmean(x[key] for x in scores if key in x)
     return means
 
 
@@ -532,6 +531,40 @@ def print_table(report):
           "\nre-ranked    the 16 best by cosine in the order of cosine and match head together"
           "\nby match     the same in the order of the match head alone"
           "\nnew names    captions that no other training language shares")
+
+
+# --------------------------------------------------------------------------------------------------
+# Benchmarks
+# --------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def task_scores(task, model, tokenizer, split, languages, translated=False):
+    """Yields (language, {key: number}) of a benchmark (tasks/). split: "val" or "test"."""
+    training = model.training
+    model.eval()
+    try:
+        for language in languages:
+            yield language, task.scores(model, tokenizer, split, language, translated)
+    finally:
+        model.train(training)
+
+
+def task_report(task, scores, trained):
+    """{language: {key: number}} -> as results.json, with the means over all languages but English
+    and over those of a group. trained: the checkpoint's languages, or None."""
+    others = {k: x for k, x in scores.items() if k != "en"}
+    means = {"others": means_of(others.values())} if others else {}
+    return {task.name: scores, "groups": {task.name: means | group_means(scores, trained)}}
+
+
+def print_task(task, report):
+    """The table of a benchmark's report, and the paper's rows."""
+    lines = report[task.name] | {TASK_GROUPS.get(k, k): x
+                                 for k, x in report["groups"][task.name].items()}
+    print_columns(f"{task.name}, %", lines, task.columns)
+    for regime, rows in task.published.items():
+        shown = ", ".join(f"{model} {value}" for model, value in rows.items())
+        print(f"published, {regime}, mean of the languages but en: {shown}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -683,12 +716,30 @@ def retrieval_command(args, device):
         print(f"\nwrote {args.json}")
 
 
+def task_command(args, device):
+    task = TASKS[args.task](args.data, args.image_root)
+    model, state = load_model(args.ckpt, task)
+    tokenizer = data.Tokenizer(state["tokenizer"])
+    languages = args.languages or task.languages
+    if args.translate_test:
+        languages = [k for k in languages if k != "en"]
+    task.check("test", languages, args.translate_test)
+    scores = dict(task_scores(task, model.to(device), tokenizer, "test", bar(languages, "languages"),
+                              args.translate_test))
+    report = task_report(task, scores, state["config"].get("languages"))
+    print_task(task, report)
+    if args.json:
+        data.write_output(args.json, json.dumps(report, indent=1).encode())
+        print(f"\nwrote {args.json}")
+
+
 def main(argv=None):
     """The command line -> exit status; a user's mistake is one line and status 2."""
     strict = {"usage": argparse.SUPPRESS, "allow_abbrev": False}             # errors are one line
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, **strict)
-    commands = parser.add_subparsers(required=True, metavar="{retrieval,pairs}", prog=parser.prog)
+    names = ",".join(("retrieval", "pairs", *TASKS))
+    commands = parser.add_subparsers(required=True, metavar=f"{{{names}}}", prog=parser.prog)
     style = argparse.ArgumentDefaultsHelpFormatter
     score = commands.add_parser("retrieval", help="recall by language, both directions",
                                 formatter_class=style, **strict)
@@ -704,7 +755,18 @@ def main(argv=None):
     pairs.set_defaults(run=pairs_command, json=None)
     pairs.add_argument("--data", nargs="+", required=True, default=argparse.SUPPRESS,
                        help="what train.py --images or --texts takes")
-    for command in (score, pairs):
+    tasks = []
+    for name in TASKS:
+        command = commands.add_parser(name, help="a benchmark", formatter_class=style, **strict)
+        command.set_defaults(run=task_command, task=name)
+        add = command.add_argument
+        add("--data", required=True, default=argparse.SUPPRESS, metavar="ROOT",
+            help="folder of the annotations (docs/data.md, Benchmarks)")
+        add("--languages", nargs="+", help="only these; None: the published ones")
+        add("--translate_test", action="store_true", help="the test set translated into English")
+        add("--json", type=pathlib.Path, metavar="FILE", help="write all numbers")
+        tasks.append(command)
+    for command in (score, pairs, *tasks):
         add = command.add_argument
         add("--ckpt", required=True, default=argparse.SUPPRESS, help="checkpoint of train.py")
         add("--image_root", metavar="DIR", help="folder of the images that JSON lines name")

@@ -105,6 +105,7 @@ PRESETS = {
 # How a preset is trained: {flag of train.py: what it means}. RECIPES holds the values.
 RECIPE = {
     "steps": "length of the schedule",
+    "epochs": "of fine-tuning; --steps, if given, goes before it",
     "warmup": "steps of linear warm-up, from which the rate falls linearly to 0",
     "batch": "image-caption pairs per step, all processes together",
     "text_batch": "sentence pairs per step",
@@ -174,6 +175,12 @@ def training_dtype(device):
         if flag in flags:
             return torch.bfloat16, f"the CPU has {flag}"
     return torch.float32, "this CPU has neither amx_bf16 nor avx512_bf16"
+
+
+def inference_context(device):
+    """For the encoders and the fusion encoder: the autocast of training."""
+    dtype, _ = training_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def at_least_float32(x):
@@ -575,6 +582,7 @@ class CCLM(nn.Module):
                                       nn.GELU(), nn.Linear(2 * c.width, 2))
         self.mlm_head = MaskedLMHead(c, self.text.token_embedding)
         self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.task_head = None                    # what a benchmark adds (tasks/)
         init_weights(self)
 
     def for_parallel_text(self):

@@ -6,6 +6,7 @@
     python train.py --init ckpt.pt --out out/more           start from a checkpoint
     python train.py --no-parallel_text --out out/ablation   what the parallel text is worth
     python train.py --explain                               one example through every station
+    python train.py --task xvnli --init ckpt.pt --data ROOT --image_root DIR       fine-tuning
 
 A preset is a model and its recipe (model.py: PRESETS, RECIPES); a flag overrides one value. One
 step is one image-text batch and one parallel-text batch through one model: the sum of both streams'
@@ -30,7 +31,10 @@ Resume, the policy:
   7. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and a closed stdout (| head) save at the step at hand and end
      the run. A second Ctrl-C ends it at once. Two runs never write into one OUT.
 
-The file in its order: flags and recipe; the objective (what a step minimises and what a run is
+Fine-tuning on a benchmark (tasks/) is the same loop with another objective. It validates on English
+and keeps the best weights in OUT/best.pt, on which it is tested; --few_shot ar,48 goes on from there.
+
+The file in its order: flags and recipe; the objectives (what a step minimises and what a run is
 judged by); one step; checkpoint and log; the run from start to finish. To read the training alone:
 Pretraining.forward, train_step, train.
 
@@ -81,8 +85,10 @@ from formats.images import normalise
 from formats.sources import BadRecords, parse_all
 from kernels.packed import offsets
 from losses import MaskedText, Options, all_reduce, cross_view, world
-from model import (PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, parameter_groups,
-                   training_dtype)
+from model import (PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, inference_context,
+                   parameter_groups, training_dtype)
+from tasks import TASKS
+from tasks.common import Examples
 from weights import starting_point
 
 # --------------------------------------------------------------------------------------------------
@@ -94,7 +100,7 @@ from weights import starting_point
 FREE = {"out", "stop_after", "save_every", "validate_every", "log_every", "keep", "fresh", "eval",
         "explain", "workers", "processes", "cache", "image_root", "val", "max_bad", "compile",
         "checkpointing", "chunk"}
-PATHS = {"images", "texts", "tokenizer", "init"}                # of these the last names must agree
+PATHS = {"images", "texts", "tokenizer", "init", "data"}                # of these the last names must agree
 LOSSES = ("contrast", "match", "mask")
 RECALLS = ("t2i_r1", "i2t_r1")                                  # of a validation
 ON_OFF = argparse.BooleanOptionalAction
@@ -109,19 +115,39 @@ def settings(argv=None):
     # --preset is read first, by a parser that overlooks everything else: the defaults of the other
     # flags, which --help shows too, are those of its recipe.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="demo")
-    preset = first.parse_known_args(argv)[0].preset
+    for name in ("preset", "task", "init"):
+        first.add_argument(f"--{name}")
+    known = first.parse_known_args(argv)[0]
+    preset = known.preset or preset_of(known)
+    values = RECIPES.get(preset, RECIPES["demo"])
+    types = {name: type(value) for name, value in values.items()} | {"epochs": float}
     # Without a usage an error of argparse is one line.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
                                      allow_abbrev=False, usage=argparse.SUPPRESS)
     add_run_flags(parser.add_argument_group("run").add_argument)
     add_data_flags(parser.add_argument_group("data and losses").add_argument)
     add_model_flags(parser.add_argument_group("model and optimizer").add_argument)
+    parser.set_defaults(preset=preset)
+    if known.task in TASKS:
+        task = TASKS[known.task]
+        values = values | task.recipe_of(preset)
+        parser.set_defaults(image_size=None if preset == "demo" else task.image_size)
     # RECIPE names the flags of a recipe and says what they mean; the types are those of the values.
     recipe = parser.add_argument_group("recipe: these defaults are the preset's")
-    for name, value in RECIPES.get(preset, RECIPES["demo"]).items():
-        recipe.add_argument(f"--{name}", type=type(value), default=value, help=RECIPE[name])
+    for name, value in values.items():
+        recipe.add_argument(f"--{name}", type=types[name], default=value, help=RECIPE[name])
     return parser.parse_args(argv)
+
+
+def preset_of(known):
+    """The preset where none is named: of a task that of its --init. A published model has none:
+    its recipe is the published one."""
+    if not known.task or not known.init:
+        return "demo"
+    try:
+        return read_checkpoint(known.init, mmap=True)["config"]["train"].get("preset", "base")
+    except (ValueError, OSError):                               # told when the run begins
+        return "demo"
 
 
 def add_run_flags(flag):
@@ -139,6 +165,9 @@ def add_run_flags(flag):
 
 
 def add_data_flags(flag):
+    flag("--task", choices=TASKS, help="fine-tune on this benchmark")
+    flag("--data", metavar="ROOT", help="folder of the benchmarks' annotations (docs/data.md)")
+    flag("--few_shot", metavar="LANG,N", help="on its file of N examples in this language")
     flag("--images", nargs="+", metavar="FILES", help="images with captions: files, folders, globs")
     flag("--texts", nargs="+", metavar="FILES", help="parallel text; demo: the built-in")
     flag("--tokenizer", metavar="FILE", help="sentencepiece model: XLM-R's, or data.py tokenizer's")
@@ -159,7 +188,7 @@ def add_data_flags(flag):
 
 
 def add_model_flags(flag):
-    flag("--preset", default="demo", choices=PRESETS, help="model and recipe")
+    flag("--preset", choices=PRESETS, help="model and recipe")
     flag("--init", metavar="CKPT", help="start from its weights, tokenizer and model settings")
     flag("--weight_decay", type=float, default=0.01, help="AdamW's, not on vectors")
     flag("--clip", type=float, default=1.0, help="largest norm of the whole gradient")
@@ -174,7 +203,7 @@ def add_model_flags(flag):
 
 
 # Smallest and largest value of a flag; all other numbers must be at least 0.
-LIMITS = {"seed": (0, 2 ** 40), "mask_probability": (0, 1), "keywords": (0, 1), "max_bad": (0, 1),
+LIMITS = {"seed": (0, 2 ** 40), "epochs": (1e-3, 1e6), "mask_probability": (0, 1), "keywords": (0, 1), "max_bad": (0, 1),
           "dropout": (0, 0.999), "lr": (1e-12, 1e6), "clip": (1e-12, 1e12),
           "caption_tokens": (3, math.inf), "sentence_tokens": (3, math.inf), "workers": (-1, 64)}
 for name in ("steps", "batch", "text_batch", "log_every", "save_every", "chunk", "stop_after"):
@@ -194,6 +223,17 @@ def check(args):
         value, W = getattr(args, name), world()[1]
         if value % W:
             raise ValueError(f"--{name} {value} is not a multiple of {W} processes")
+    if args.task and not (args.init and args.data):
+        raise ValueError("--task needs --init CKPT, --data ROOT (annotations) and --image_root DIR "
+                         "(docs/data.md, Benchmarks)")
+    if args.task and (args.images or args.texts or args.val or args.held_out):
+        raise ValueError("--task trains and validates on the benchmark's own data: leave --images, "
+                         "--texts, --val and --held_out out")
+    if not args.task and (args.data or args.few_shot):
+        raise ValueError("--data and --few_shot are for a --task")
+    if args.few_shot and (args.languages or "," not in args.few_shot):
+        raise ValueError(f"--few_shot {args.few_shot}: give LANG,N, for example ar,48, and no "
+                         f"--languages")
     if args.texts and not args.images:
         raise ValueError("--texts needs --images too: FILES, or demo for the built-in ones")
     if args.held_out and args.val:
@@ -206,8 +246,12 @@ def recipe_lines(args, vocabulary):
     """What the run prints first: its recipe, and what was overridden."""
     def show(name, value):
         return f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-    recipe = RECIPES[args.preset]
+    recipe = TASKS[args.task].recipe_of(args.preset) if args.task else RECIPES[args.preset]
+    source = RECIPE_SOURCES[args.preset]
+    if args.task:
+        source = "for the demo's model" if args.preset == "demo" else "as published"
     given = vars(args)
+    recipe = {name: given[name] if value is None else value for name, value in recipe.items()}
     changed = [show(name, given[name]) for name in recipe if given[name] != recipe[name]]
     for field in fields(Config):
         if given.get(field.name) is not None:
@@ -215,7 +259,7 @@ def recipe_lines(args, vocabulary):
     if vocabulary != PRESETS[args.preset].vocabulary:
         changed.append(f"vocabulary {vocabulary} (the tokenizer's)")
     values = ", ".join(show(name, value) for name, value in recipe.items())
-    lines = (f"recipe of {args.preset}, {RECIPE_SOURCES[args.preset]}: {values}",
+    lines = (f"recipe of {args.task or args.preset}, {source}: {values}",
              f"overridden: {', '.join(changed) or 'nothing'}")
     return "\n".join(textwrap.fill(text, 100, subsequent_indent="  ") for text in lines)
 
@@ -288,8 +332,10 @@ class Pretraining(nn.Module):
         chance                      {name of a loss: what a model that knows nothing gets}
         validation                  columns of log.csv that validate() fills
         validate()                  -> {column: score} on data that are neither trained on nor test
-        report()                    -> results.json of a finished run
+        test()                      -> results.json of a finished run, after printing its table
+        keeps_best                  is OUT/best.pt, the best of the validations, what a run is for?
     """
+    keeps_best = False
 
     def __init__(self, model, tokenizer, args, validation_rows=None, languages=None):
         """validation_rows: a function that makes the rows to validate on, or None. languages: those
@@ -365,9 +411,49 @@ class Pretraining(nn.Module):
         scores = evaluate.validation_scores(self.model, self.tokenizer, rows, self.languages)
         return {f"val_{group}_{key}": scores[group][key] for group in scores for key in RECALLS}
 
-    def report(self):
+    def test(self):
         """Recall on the demo's test sets -> results.json."""
-        return evaluate.demo_report(self.model, self.tokenizer)
+        report = evaluate.demo_report(self.model, self.tokenizer)
+        evaluate.print_table(report)
+        return report
+
+
+class FineTuning(nn.Module):
+    """A benchmark as an objective (see Pretraining): its loss, and its score on English."""
+    keeps_best = True
+
+    def __init__(self, model, tokenizer, args, task, languages):
+        """languages: of the pre-training, for the means of groups, or None."""
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.task = task
+        self.languages = languages
+        self.chance = task.chance(args.batch)
+        self.validation = [f"val_{key}" for key in task.validation]
+
+    def forward(self, batch, text, seed):
+        """A step's batch -> loss, {name: number to log}. text: None, there is no second stream."""
+        with torch.no_grad():
+            self.model.temperature.clamp_(0.001, 0.5)
+        losses = self.task.losses(self.model, batch, seed)
+        numbers = {name: loss.detach() for name, loss in losses.items()}
+        temperature = self.model.temperature.detach()
+        return sum(losses.values()), numbers | {"temperature": temperature}
+
+    def validate(self):
+        """The choice of a checkpoint is made in English, as IGLUE's is: languages that only the
+        tests have are seen by nobody before."""
+        scores = dict(evaluate.task_scores(self.task, self.model, self.tokenizer, "val", ["en"]))
+        return {f"val_{key}": scores["en"][key] for key in self.task.validation}
+
+    def test(self):
+        """The test sets in the published languages -> results.json."""
+        scores = dict(evaluate.task_scores(self.task, self.model, self.tokenizer, "test",
+                                           self.task.languages))
+        report = evaluate.task_report(self.task, scores, self.languages)
+        evaluate.print_task(self.task, report)
+        return report
 
 
 def masked_sentences(batch):
@@ -402,6 +488,7 @@ class Run:
     saved: int = 0                      # of these, steps in ckpt.pt
     skipped: int = 0                    # of these, steps without an update
     kept: tuple = ()                    # steps of this run's files ckpt_STEP.pt
+    best: float = -math.inf             # score of best.pt
     signal: str = ""                    # the name of a signal that asks this process to stop
     waiting: bool = False               # may a signal end the wait for data?
     waited: float = 0.0                 # seconds that the last step waited for its data
@@ -507,7 +594,7 @@ def set_aside(folder):
     """Moves what an earlier run wrote into a folder of its own (policy 1)."""
     place = folder / time.strftime("before_%Y-%m-%d_%H.%M.%S")
     for file in list(folder.iterdir()):
-        if re.fullmatch(r"ckpt(_\d+)?\.pt|log\.csv|results\.json", file.name):
+        if re.fullmatch(r"(ckpt(_\d+)?|best)\.pt|log\.csv|results\.json", file.name):
             place.mkdir(exist_ok=True)
             file.rename(place / file.name)
 
@@ -536,15 +623,21 @@ def write(run):
             say(f"the checkpoint of step {run.saved} is not kept: {error}")
         stale = run.kept[:-keep]
         run.kept = run.kept[-keep:]
-    model = run.objective.model
-    config = {"model": asdict(model.config), "train": vars(run.args), "new": run.new,
-              "records": run.batches.records(), "languages": run.languages}
-    state = {"model": model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
-             "skipped": run.skipped, "kept": run.kept, "config": config,
-             "tokenizer": run.objective.tokenizer.model}
+    state = weights_of(run)
+    state |= {"optimizer": run.optimizer.state_dict(), "skipped": run.skipped, "kept": run.kept,
+              "best": run.best}
     write_checkpoint(run.path, state)
     for step in stale:
         kept_path(run, step).unlink(missing_ok=True)
+
+
+def weights_of(run):
+    """What of a checkpoint evaluate.py and --init read."""
+    model = run.objective.model
+    config = {"model": asdict(model.config), "train": vars(run.args), "new": run.new,
+              "records": run.batches.records(), "languages": run.languages, "task": run.args.task}
+    return {"model": model.state_dict(), "step": run.step, "config": config,
+            "tokenizer": run.objective.tokenizer.model}
 
 
 def wait_for_first(run):
@@ -607,7 +700,7 @@ class Log:
 
     def say_best(self):
         if self.best[1]:
-            say("best validation so far: mean recall {:.1f} at step {}".format(*self.best))
+            say("best validation so far: mean {:.1f} at step {}".format(*self.best))
 
 
 def whole_rows(path, step):
@@ -683,8 +776,8 @@ def pace(seconds, left):
     return f"{1 / seconds:.2f} steps a second, {left} steps to go: until {end:%a %d %b %H:%M}"
 
 
-def learning_rate(args, new):
-    """-> a function of a parameter's name -> its peak rate.
+def learning_rate(args, task, new):
+    """-> a function of a parameter's name -> its peak rate; 0: a part that a task does not use.
 
     An encoder that was trained before learns slowly, what is new fast: the published rates of the
     towers differ by a factor of four (docs/paper.md). new: names of parameters that the files
@@ -695,19 +788,56 @@ def learning_rate(args, new):
     def rate(name):
         name = name.removeprefix("model.")
         part = name.split(".")[0]
+        if task and part in task.unused:
+            return 0.0
         if name == "temperature":               # at the trunk's rate it hits its clamp in 30 steps
             return min(args.temperature_lr, args.lr)
         if part in towers:                      # as published, a tower's rate goes before --new_lr
             return args.lr * towers[part]
-        if name in new:
+        if name in new or part == "task_head":
             return args.lr * args.new_lr
         return args.lr * (args.fusion_lr if part == "itm_head" else 1.0)
     return rate
 
 
+def wrap(objective, args):
+    """The objective as the loop calls it."""
+    # 1. Ways to save memory or time; none changes the gradient (model.py says where they are read).
+    model = objective.model
+    model.chunk = args.chunk
+    for layer in model.modules():
+        layer.checkpointing = args.checkpointing
+    if args.compile:
+        for part in (model.vision, model.text, model.fusion):
+            part.compile(dynamic=True)
+    # 2. Several processes. Gradients are their own buckets, and the only buffers are constants: DDP
+    #    need not copy either.
+    if world()[1] == 1:
+        return objective
+    return nn.parallel.DistributedDataParallel(objective, forward_sync_buffers=False,
+                                               gradient_as_bucket_view=True)
+
+
+def precision(objective, device):
+    """Weights and optimizer stay in float32; autocast casts the products' operands -> autocast."""
+    dtype, reason = training_dtype(device)
+    parameters = sum(p.numel() for p in objective.parameters())
+    say(f"{parameters:,} parameters, {world()[1]} process(es), {device}, "
+        f"{torch.get_num_threads()} threads, {dtype} because {reason}")
+    return inference_context(device)
+
+
 def prepare(args, device):
     """Builds everything that a run needs, new or from the checkpoint in --out -> Run."""
     rank, W = world()
+
+    # 0. A benchmark's examples: how many there are decides about the schedule.
+    task = TASKS[args.task](args.data, args.image_root) if args.task else None
+    examples = training_examples(args, task) if task else []
+    if task:
+        set_schedule(args, len(examples))
+        task.check("val", ["en"])               # what is missing is told now, not after hours
+        task.check("test", task.languages if args.eval else ())
 
     # 1. Weights: from the checkpoint in --out, else from --init, else random. mmap: several
     #    processes share the pages of one file and do not each hold a copy of it.
@@ -720,44 +850,32 @@ def prepare(args, device):
     if W > 1:
         check_steps(args, state)
     torch.manual_seed(args.seed)
-    model, tokenizer, origin = starting_point(path, state, vars(args))
+    model, tokenizer, origin = starting_point(path, state, vars(args), task)
     say(recipe_lines(args, tokenizer.size))
     say(f"{path}: {state['step']} of {args.steps} steps are done" if state else f"start: {origin}")
 
     # 2. Data, and the objective that the loop minimises.
-    batches, validation_rows = make_batches(args, model, tokenizer)
-    languages = survey(args, batches.streams, model.config.image_size)
-    groups = None if args.held_out else languages
-    objective = Pretraining(model, tokenizer, args, validation_rows, groups).to(device)
+    if task:
+        languages = (state or initial(args))["config"].get("languages")
+        batches = finetuning_batches(args, model, tokenizer, task, examples)
+        objective = FineTuning(model, tokenizer, args, task, languages)
+    else:
+        batches, validation_rows = make_batches(args, model, tokenizer)
+        languages = survey(args, batches.streams, model.config.image_size)
+        groups = None if args.held_out else languages
+        objective = Pretraining(model, tokenizer, args, validation_rows, groups)
+    objective = objective.to(device)
 
     # 3. Optimizer.
     new = new_parameters(args, state)
-    groups = parameter_groups(objective, learning_rate(args, set(new)), args.weight_decay)
+    groups = parameter_groups(objective, learning_rate(args, task, new), args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     if state:
         optimizer.load_state_dict(state["optimizer"])
 
-    # 4. Ways to save memory or time; none changes the gradient (model.py says where they are read).
-    model.chunk = args.chunk
-    for layer in model.modules():
-        layer.checkpointing = args.checkpointing
-    if args.compile:
-        for part in (model.vision, model.text, model.fusion):
-            part.compile(dynamic=True)
-
-    # 5. Several processes. Gradients are their own buckets, and the only buffers are constants: DDP
-    #    need not copy either.
-    wrapped = objective
-    if W > 1:
-        wrapped = nn.parallel.DistributedDataParallel(objective, forward_sync_buffers=False,
-                                                      gradient_as_bucket_view=True)
-
-    # 6. Precision. Weights and optimizer stay in float32; autocast casts the products' operands.
-    dtype, reason = training_dtype(device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    parameters = sum(p.numel() for p in objective.parameters())
-    say(f"{parameters:,} parameters, {W} process(es), {device}, "
-        f"{torch.get_num_threads()} threads, {dtype} because {reason}")
+    # 4. Ways to save memory or time, several processes, precision.
+    wrapped = wrap(objective, args)
+    autocast = precision(objective, device)
     run = Run(args, device, objective, wrapped, optimizer, autocast, batches,
               BadRecords(rank, args.max_bad), path, new, languages)
     if state:
@@ -780,6 +898,7 @@ def resume(run, state):
     """What a checkpoint says of the run itself."""
     run.step = run.saved = state["step"]
     run.skipped = state["skipped"]
+    run.best = state.get("best", -math.inf)
     run.kept = state.get("kept", ())
     before = state["config"]["records"]
     now = run.batches.records()
@@ -790,9 +909,43 @@ def resume(run, state):
 def new_parameters(args, state):
     """Names of what the published files behind --init did not hold (weights.py import lists it in
     its checkpoint). They have a rate of their own, also after a resume."""
-    if state is None and args.init:
-        state = read_checkpoint(args.init, mmap=True)
+    state = state or initial(args)
     return state["config"].get("new", []) if state else []
+
+
+def initial(args):
+    """The checkpoint of --init, or None."""
+    return read_checkpoint(args.init, mmap=True) if args.init else None
+
+
+def set_schedule(args, examples):
+    """The numbers of a fine-tuning that depend on how many examples there are."""
+    epoch = math.ceil(examples / args.batch)
+    for name, value in (("steps", math.ceil(args.epochs * epoch)), ("save_every", epoch),
+                        ("validate_every", epoch)):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.warmup is None:
+        args.warmup = args.steps // 10
+
+
+def training_examples(args, task):
+    """What a fine-tuning trains on: English, --languages, or the file of --few_shot."""
+    if not args.few_shot:
+        languages = args.languages or ["en"]
+        return [example for k in languages for example in task.examples("train", k)]
+    language, _, count = args.few_shot.partition(",")
+    return task.examples("train", language, few_shot=count)
+
+
+def finetuning_batches(args, model, tokenizer, task, examples):
+    """The one stream of a fine-tuning -> data.Batches."""
+    dataset = Examples(task.checked(examples), model.config.image_size)
+    stream = data.Stream(dataset, args.batch, min(args.caption_tokens, model.text.longest),
+                         most_masked=0, max_bad=args.max_bad)
+    say(f"{len(examples):,} examples: {args.steps} steps of {args.batch} are "
+        f"{args.steps * args.batch / len(examples):.3g} epochs")
+    return data.Batches(tokenizer, stream, None, args.seed, *world())
 
 
 def survey(args, streams, size):
@@ -987,8 +1140,16 @@ def validation(run):
     if not run.objective.validation or not every or run.step % every:
         return {}
     scores = run.objective.validate() if world()[0] == 0 else {}
+    score = fmean(scores.values()) if scores else -math.inf
+    if run.objective.keeps_best and score > run.best:
+        run.best = score
+        write_checkpoint(best_path(run), weights_of(run))
     wait_for_first(run)
     return scores
+
+
+def best_path(run):
+    return run.path.with_name("best.pt")
 
 
 def finish(run):
@@ -997,18 +1158,22 @@ def finish(run):
     args = run.args
     if run.step < args.steps or world()[0] > 0:
         return
-    if not is_demo(args) or not args.eval:
+    if not args.eval or not (args.task or is_demo(args)):
         say(f"step {run.step} of {args.steps} is done, {run.path} and log.csv are written; to "
             f"measure recall: python evaluate.py retrieval --ckpt {run.path} --data FILE")
         return
     # Test sets are read here, at the very end, and nowhere else in training.
-    say("evaluating on the test sets ...")
-    report = run.objective.report()
+    name = "ckpt.pt"
+    if run.objective.keeps_best and best_path(run).exists():
+        name = "best.pt"
+        state = read_checkpoint(best_path(run), mmap=True)
+        run.objective.model.load_state_dict(state["model"])
+    say(f"evaluating {args.out}/{name} on the test sets ...")
+    report = run.objective.test()
     results = pathlib.Path(args.out, "results.json")
     results.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    evaluate.print_table(report)
-    say(f"\nwrote {args.out}/ckpt.pt, log.csv and results.json; try: "
-        f'python search.py --ckpt {args.out}/ckpt.pt --images DIR "a dog"')
+    say(f"\nwrote {args.out}/{name}, log.csv and results.json; try: "
+        f'python search.py --ckpt {args.out}/{name} --images DIR "a dog"')
 
 
 # Errors for which torch has no exception of its own: what it says -> what that means.

@@ -221,20 +221,39 @@ def initialise(model, source):
     return f"{len(weights)} tensors from {source.title}; new: {new or 'nothing'}"
 
 
-def load_model(path):
-    """A checkpoint's model -> (CCLM, the whole dict); ValueError in one line if it cannot be."""
+def with_task_head(model, source, task, trained_on):
+    """Adds the head of a task (None: none) to the model -> (the source with or without its weights,
+    is the head new?). trained_on: the name of the task whose head the source has, or None."""
+    model.task_head = task.head(model.config) if task else None
+    if model.task_head is not None and trained_on == task.name:
+        return source, False
+    notes = [note for note in source.notes if part_of(note.name) != "task_head"]
+    weights = {name: tensor for name, tensor in source.weights.items()
+               if part_of(name) != "task_head"}
+    return source._replace(weights=weights, notes=notes), model.task_head is not None
+
+
+def load_model(path, task=None):
+    """A checkpoint's model -> (CCLM, the whole dict); ValueError in one line if it cannot be. task:
+    a benchmark (tasks/), whose head the checkpoint must have."""
     state = read_checkpoint(path, mmap=True)
     model = CCLM(Config(**check_fields(state["config"]["model"], path)))
-    initialise(model, checkpoint_source(path, state))
+    source = checkpoint_source(path, state)
+    source, new = with_task_head(model, source, task, state["config"].get("task"))
+    if new:
+        raise ValueError(f"{path} is not fine-tuned on {task.name}: train.py --task {task.name} "
+                         f"--init {path} does that, and its OUT/best.pt is what to give here")
+    initialise(model, source)
     return model, state
 
 
-def starting_point(path, state, flags):
+def starting_point(path, state, flags, task=None):
     """Where train.py begins -> (CCLM, data.Tokenizer, a line about it).
 
     state: the checkpoint at `path` to resume from, or None: then the run begins at the checkpoint
     of --init, or at random weights. flags: the command line as a dict. The fields of Config in it
-    (None: not given) win over the checkpoint's, and these over the preset's.
+    (None: not given) win over the checkpoint's, and these over the preset's. task: a benchmark
+    (tasks/), whose head the model gets.
     """
     if state is None and flags["init"]:
         path = flags["init"]
@@ -249,7 +268,11 @@ def starting_point(path, state, flags):
         return CCLM(config), tokenizer, "random weights"
     source = checkpoint_source(path, state)
     model = CCLM(resolve_config(flags["preset"], source, changes))
-    return model, tokenizer, initialise(model, source)
+    source, new = with_task_head(model, source, task, state["config"].get("task"))
+    line = initialise(model, source)
+    if new:
+        task.begin(model)
+    return model, tokenizer, line
 
 
 def starting_tokenizer(state, flags):

@@ -30,12 +30,12 @@ from model import at_least_float32, inference_context
 
 BATCH = 128                             # examples that are evaluated at once
 
-# The published recipe of every task (docs/paper.md, "Optimisation"), over the preset's.
-FINE_TUNING = dict(steps=0, epochs=10.0, warmup=0.1, batch=128, lr=3e-5, vision_lr=1.0, text_lr=1.0,
-                   fusion_lr=1.0, new_lr=2.0, validate_every=0, workers=-1)
-# The same for the demo's small model, chosen on the stand-in benchmark's validation sets.
-DEMO_FINE_TUNING = dict(steps=0, epochs=10.0, warmup=0.1, batch=128, lr=3e-4, vision_lr=1.0,
-                        text_lr=1.0, fusion_lr=1.0, new_lr=2.0, validate_every=0, workers=1)
+# The published recipe of the tasks (docs/paper.md, "Optimisation"), over the preset's; None: by the
+# number of examples (train.set_schedule).
+RECIPE = dict(steps=None, epochs=10.0, warmup=None, batch=128, lr=3e-5, vision_lr=1.0, text_lr=1.0,
+              fusion_lr=1.0, new_lr=2.0, caption_tokens=80, save_every=None, validate_every=None)
+# The same for the small model of the demo, which was trained for minutes: a higher rate.
+DEMO_RECIPE = RECIPE | dict(lr=3e-4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,18 +157,21 @@ class Task:
     languages = ()                      # of the test sets, "en" among them
     source = ""                         # WHERE the annotations are published
     image_source = ""                   # WHERE the pictures are
-    longest = 80                        # tokens of a sentence, as published
     unused = ()                         # parts of CCLM that it does not train: they are frozen
-    recipe = FINE_TUNING
-    demo_recipe = DEMO_FINE_TUNING
-    image_size = 384                    # pixels, of the published recipe
+    recipe = RECIPE
+    demo_recipe = DEMO_RECIPE
+    image_size = 384                    # pixels, as published
     validation = ("accuracy",)          # keys of scores(); their mean chooses the checkpoint
     published = {}                      # {regime: {model: [averages in the paper]}}
-    columns = {}                        # {key of scores(): what print_scores calls it}
+    columns = {}                        # {key of scores(): head of its column}
 
     def __init__(self, root, image_root):
         self.root = pathlib.Path(root)
-        self.image_root = pathlib.Path(image_root)
+        self.image_root = pathlib.Path(image_root or root)
+
+    @classmethod
+    def recipe_of(cls, preset):
+        return cls.demo_recipe if preset == "demo" else cls.recipe
 
     def examples(self, split, language="en", few_shot=None, translated=False):
         """split: "train", "val" or "test". few_shot: the train file of so many. translated: the
@@ -178,6 +181,11 @@ class Task:
     def picture(self, *parts):
         """The path of a picture below --image_root."""
         return self.image_root.joinpath(*parts)
+
+    def check(self, split, languages, translated=False):
+        """ValueError where files or pictures of a set in one of the languages are missing."""
+        for language in languages:
+            self.checked(self.examples(split, language, translated=translated))
 
     def checked(self, examples):
         """The examples; ValueError where pictures are missing."""
@@ -191,7 +199,11 @@ class Task:
         return examples
 
     def head(self, config):
+        """The module of the new parameters, or None."""
         raise NotImplementedError
+
+    def begin(self, model):
+        """What a new head takes over from the model that was trained before."""
 
     def chance(self, batch):
         """{name of a loss: what a model that knows nothing gets}"""
@@ -204,13 +216,11 @@ class Task:
         raise NotImplementedError
 
 
-def longest_text(task, model):
-    return min(task.longest, model.text.longest)
-
-
 class Classification(Task):
     """C classes, from the fusion encoder's first tokens through an MLP, as published: official
     models/model_classification.py, and XVLMPlusForMARVL of X2-VLM for two pictures."""
+    columns = {"n": "n", "chance": "chance", "accuracy": "accuracy",
+               "accuracy_all_lines": "of all lines"}
     classes = 0                         # C
     pictures = 1                        # n
     unused = ("vision_proj", "text_proj", "itm_head", "mlm_head", "temperature", "text_fusion")
@@ -241,15 +251,15 @@ class Classification(Task):
         for first in tqdm(range(0, len(examples), BATCH), self.name, leave=False, disable=None):
             some = range(first, min(first + BATCH, len(examples)))
             pixels = [dataset.whole(index) for index in some]
-            batch = to_batch([examples[i] for i in some], pixels, tokenizer,
-                             longest_text(self, model), device)
+            longest = min(self.recipe["caption_tokens"], model.text.longest)
+            batch = to_batch([examples[i] for i in some], pixels, tokenizer, longest, device)
             with inference_context(device):
                 found += self.logits(model, batch).argmax(1).tolist()        # (B,)
         return found
 
     def scores(self, model, tokenizer, split, language, translated=False):
         """-> {"accuracy": % of the examples that have a label, "n": how many these are}"""
-        examples = self.checked(self.examples(split, language, translated=translated))
+        examples = self.examples(split, language, translated=translated)
         labelled = [example for example in examples if example.label >= 0]
         if not labelled:
             raise ValueError(f"{self.name}: the {split} set in {language} has no example")
