@@ -352,10 +352,12 @@ def marvl_files(questions, split, language):
     rows = []
     for count, q in enumerate(questions):
         _, block, number, _ = q.name.split("-")
-        left, right = (f"{block}-{2 * int(number) + side}.jpg" for side in (0, 1))
-        rows.append({"concept": f"{block}-scene", "language": language,
-                     "caption": q.texts[language], "left_img": left, "right_img": right,
-                     "id": f"{language}-{count}", "label": q.label})
+        concept = f"{block}-scene"
+        folder = "" if split == "test" else f"{concept}/"       # few-shot rows name it twice
+        left, right = (f"{folder}{block}-{2 * int(number) + side}.jpg" for side in (0, 1))
+        rows.append({"concept": concept, "language": language, "caption": q.texts[language],
+                     "left_img": left, "right_img": right, "id": f"{language}-{count}",
+                     "label": q.label})
     if split == "test":
         return {f"marvl/zero_shot/annotations/marvl-{language}.jsonl": rows}
     return {f"marvl/few_shot/annotations/marvl-{language}_train10x2.jsonl": rows}
@@ -444,8 +446,9 @@ def write(path, scale=1.0):
     out.benchmark("marvl", marvl_block, marvl_files)
     out.benchmark("flickr", flickr_block, flickr_files)
     out.benchmark("wit", wit_block, functools.partial(wit_files, out))
-    key = json.dumps(out.shown, indent=0)
-    (out.images / "drawings.json").write_text(key, encoding="utf-8")
+    guess = {name: best_without_pictures(splits["test"]) for name, splits in out.questions.items()}
+    for name, content in (("drawings.json", out.shown), ("guess.json", guess)):
+        (out.images / name).write_text(json.dumps(content, indent=0), encoding="utf-8")
     return out
 
 
@@ -456,6 +459,13 @@ def best_guess(seen, labels):
     for what, label in zip(seen, labels):
         counts[what][label] += 1
     return 100 * sum(max(found.values()) for found in counts.values()) / len(labels)
+
+
+def best_without_pictures(questions):
+    """% that the best guesser has who sees no picture: accuracy, or R@1."""
+    if questions[0].label is None:
+        return 100 / len(questions)
+    return guesses(questions)["text"]
 
 
 def guesses(questions):
@@ -474,16 +484,20 @@ def guesses(questions):
     return found
 
 
+def rows_of(question):
+    """Its rows in English: of a picture one for each caption."""
+    text = question.texts["en"]
+    return len(text) if isinstance(text, list) else 1
+
+
 def print_summary(out):
-    print(f"{'rows':8}{'train':>8}{'dev':>8}{'test':>8} x {len(LANGUAGES)} languages   % right of the "
-          f"best guesser who sees only")
+    print(f"test sets in {len(LANGUAGES)} languages\n{'rows':8}{'train':>8}{'dev':>8}{'test':>8}   "
+          f"% right of the best guesser who sees only")
     for name, splits in out.questions.items():
-        counts = [sum(len(q.texts[SPLITS[split][0]]) if isinstance(q.texts[SPLITS[split][0]], list)
-                      else 1 for q in splits[split]) for split in ("train", "dev", "test")]
+        counts = [sum(rows_of(q) for q in splits[split]) for split in ("train", "dev", "test")]
         line = f"{name:8}" + "".join(f"{count:8,}" for count in counts)
-        if splits["test"][0].label is None:
-            shown = f"R@1 of chance {100 / len(splits['test']):.2f}"
-        else:
+        shown = f"nothing {best_without_pictures(splits['test']):.2f} (R@1)"
+        if splits["test"][0].label is not None:
             shown = ", ".join(f"{k} {v:.1f}" for k, v in guesses(splits["test"]).items())
         print(f"{line}   {shown}")
 
