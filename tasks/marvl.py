@@ -29,8 +29,9 @@ class Marvl(Classification):
     languages = ("en", "id", "sw", "ta", "tr", "zh")
     classes = 2
     pictures = 2
-    source = ("github.com/e-bug/iglue, datasets/marvl and datasets/nlvr2, and NLVR2's train file "
-              "github.com/lil-lab/nlvr, nlvr2/data")
+    columns = {"n": "n", "chance": "chance", "accuracy": "accuracy"}
+    source = ("github.com/e-bug/iglue, datasets/marvl and datasets/nlvr2 (NLVR2's train.json is in "
+              "github.com/lil-lab/nlvr, nlvr2/data),")
     image_source = ("MaRVL (marvl-images/id/images/CONCEPT/NAME, marvl_fewshot/id/all/NAME) and "
                     "NLVR2 (anywhere below nlvr2/)")
     published = {"zero-shot": {"CCLM-3M": 65.91, "CCLM-4M": 67.17, "UC2": 57.28},
