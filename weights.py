@@ -195,14 +195,14 @@ def resolve_config(preset, source, changes):
     return config
 
 
-def new_model(config, task):
-    """A CCLM with the head of a benchmark, or without one. task: its name, or None."""
+def new_model(config, source):
+    """A CCLM, with a new head if the source was fine-tuned on a benchmark."""
     model = CCLM(config)
-    if task:
-        if task not in TASKS:
-            raise ValueError(f"fine-tuned on {task}, which is no benchmark here: "
+    if source.task:
+        if source.task not in TASKS:
+            raise ValueError(f"{source.title} is fine-tuned on {source.task}, which is none of "
                              f"{', '.join(TASKS)}")
-        model.task_head = TASKS[task]("", "").head(config)
+        model.task_head = TASKS[source.task]("", "").head(config)
     return model
 
 
@@ -212,10 +212,10 @@ def import_sources(paths, changes=None, every_second=False, allow=()):
     source = read_sources(paths, every_second)
     config = resolve_config("base", source, changes or {})
     with torch.device("meta"):                                  # shapes only, no memory
-        model = new_model(config, source.task)
+        model = new_model(config, source)
     weights, missing = adapt_to_model(source, model, allow)
     torch.manual_seed(0)                                        # the same ones in every import
-    made = new_model(config, source.task).state_dict() if missing else {}
+    made = new_model(config, source).state_dict() if missing else {}
     made = {name: made[name] for name in missing}
     lines = report(source, weights, missing, made)
     lines.append(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
