@@ -44,7 +44,7 @@ class Marvl(Classification):
             try:
                 pictures, text = self.nlvr2(row) if language == "en" else self.marvl(row, few_shot)
                 found.append(Example(pictures, text, LABELS[str(row["label"])]))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ValueError(f"{path}, row {number}: {error!r} is not as in MaRVL and NLVR2 "
                                  f"(docs/data.md, Benchmarks)") from None
         return found
