@@ -1,11 +1,10 @@
 """Fine-tuned official models: imported with their classifier, and the same logits, loss and gradient of every
 parameter.
 
-tests/fixtures/official_tasks.pt holds what XVLMPlus4XVNLI and XVLMPlusForMARVL (X2-VLM, models/model_classification.py,
-only sizes changed) computed in float32 on the pictures and sentences of official_x2vlm.pt: targets, logits, loss, and of
-every gradient three numbers, as in test_weights.py. Their weights were drawn one after the other from one seed, so that
-the file holds seed and shapes. Our side is computed in float64, and
-compared at the precision of theirs."""
+tests/fixtures/official_tasks.pt holds what XVLMPlus4XVNLI and XVLMPlusForMARVL (X2-VLM, only sizes changed) computed in
+float32 on the pictures and sentences of official_x2vlm.pt: targets, logits, loss, and of every gradient three numbers,
+as in test_weights.py. Their weights were drawn one after the other from one seed, so the file holds seed and shapes.
+Ours are computed in float64, and compared at the precision of theirs."""
 import functools
 
 import pytest
@@ -57,7 +56,8 @@ def test_a_fine_tuned_official_model_gives_the_official_numbers(imported_task, m
     name, file, _, model = imported_task
     expected, inputs, task = reference(name), official("x2vlm")["inputs"], TASKS[name]("", "")
     n = len(expected["targets"])
-    assert sum(drawn(name)[k].double().sum() for k in expected["names"]) == pytest.approx(float(expected["sum"]), abs=1e-4)
+    total = sum(drawn(name)[k].double().sum() for k in expected["names"])
+    assert float(total) == pytest.approx(float(expected["sum"]), abs=1e-4)   # the same numbers were drawn
     # Official batches hold all first pictures, then all second ones; ours pictures side by side.
     images = torch.stack(inputs["image"].double().split(n), 1)               # (B, n, 3, s, s)
     text, model = inputs["t1"], model.eval().double()
