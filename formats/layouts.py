@@ -100,7 +100,7 @@ X2VLM = Layout(
     fields={"text_eps": 1e-5, "offset": 2, "fusion_eps": 1e-12, "tied": False, "pool": "first"},
     parts=PARTS)
 FINE_TUNED = X2VLM._replace(                              # X2-VLM models/model_classification.py
-    title="CCLM-X2VLM, fine-tuned,", parts=("vision", "text", "fusion", "task_head"))
+    title="Fine-tuned CCLM-X2VLM", parts=("vision", "text", "fusion", "task_head"))
 TASK_OF_CLASSES = {3: "xvnli", 2: "marvl"}                # rows of cls_head.3.weight
 TEXTS = (
     X2VLM,
@@ -190,6 +190,7 @@ def translate(tensors, every_second=False):
         texts = EVERY_SECOND
     if texts is X2VLM and "cls_head.3.weight" in tensors:
         texts = FINE_TUNED
+    task = task_of(texts, tensors)
     text_layers, step = division_of_stack(texts, tensors)
     blocks = len(layer_numbers(r"blocks\.(\d+)\.", tensors))
     weights = {}
@@ -210,14 +211,18 @@ def translate(tensors, every_second=False):
             weights |= our_tensors(tensor, ours)
     title = " with ".join(layout.title for layout in (texts, images) if layout.title)
     fields = fields_from_shapes(weights, title) | texts.fields | images.fields
-    task = None
-    if texts is FINE_TUNED:
-        classes = len(tensors["cls_head.3.weight"])
-        task = TASK_OF_CLASSES.get(classes)
-        if task is None:
-            raise ValueError(f"its cls_head has {classes} classes, which is no benchmark here")
     return without_tied_decoder(Source(title, weights, notes, fields, texts.parts + images.parts,
                                        texts.new | images.new, task=task))
+
+
+def task_of(layout, tensors):
+    """The benchmark that a file was fine-tuned on, by the number of its classes, or None."""
+    if layout is not FINE_TUNED:
+        return None
+    classes = len(tensors["cls_head.3.weight"])
+    if classes not in TASK_OF_CLASSES:
+        raise ValueError(f"its cls_head has {classes} classes, which is no benchmark here")
+    return TASK_OF_CLASSES[classes]
 
 
 def layer_numbers(pattern, names):
