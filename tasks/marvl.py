@@ -45,20 +45,20 @@ class Marvl(Classification):
                 pictures, text = self.nlvr2(row) if language == "en" else self.marvl(row, few_shot)
                 found.append(Example(pictures, text, LABELS[str(row["label"])]))
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise ValueError(f"{path}, row {number}: {error!r} is not as in MaRVL and NLVR2 "
-                                 f"(docs/data.md, Benchmarks)") from None
+                raise ValueError(f"{path}, row {number}, is none of MaRVL, NLVR2 or X-VLM: "
+                                 f"{error!r}") from None
         return found
 
     def rows(self, split, language, few_shot, translated):
         """-> (path, [dict])"""
-        if language == "en":
+        if few_shot:
+            path = self.root / "marvl" / "few_shot" / "annotations"
+            path = path / f"marvl-{language}_train{few_shot}.jsonl"
+        elif language == "en":
             path = self.root / "nlvr2" / "annotations" / f"{NLVR2[split]}.jsonl"
             lists = self.root / "nlvr_en" / f"nlvr_{NLVR2[split]}.json"
             if lists.exists() and not path.exists():
                 return lists, read_json(lists, self.source)
-        elif few_shot:
-            path = self.root / "marvl" / "few_shot" / "annotations"
-            path = path / f"marvl-{language}_train{few_shot}.jsonl"
         elif split == "test":
             folder = "annotations_machine-translate" if translated else "annotations"
             name = f"marvl-{language}_gmt.jsonl" if translated else f"marvl-{language}.jsonl"

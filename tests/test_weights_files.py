@@ -202,4 +202,4 @@ def test_the_commands_of_docs_weights_are_commands():
     found = [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("python ")]
     for program, *words in found:
         {"weights.py": weights.arguments, "train.py": train.settings}[program](words)
-    assert len(found) == 6
+    assert len(found) == 7
