@@ -23,6 +23,7 @@ from PIL import Image, ImageEnhance, ImageOps
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # CLIP's, as published
 STD = (0.26862954, 0.26130258, 0.27577711)
 AREA = (0.2, 1.0)                               # share of an image's area that a crop may take
+FINE_TUNING_AREA = (0.5, 1.0)                   # the same where a task asks for details
 RATIO = (3 / 4, 4 / 3)                          # width by height of a crop
 OPERATIONS = 2                                  # of RandAugment on an image
 MAGNITUDE = 0.7                                 # of RandAugment: 7 of 10
@@ -121,11 +122,11 @@ def rand_augment(image, rng):
 # For training
 # --------------------------------------------------------------------------------------------------
 
-def random_box(width, height, rng):
+def random_box(width, height, rng, share=AREA):
     """RandomResizedCrop's (left, top, right, bottom): a random share of the area and a random
     shape; the whole image after ten boxes that do not fit."""
     for _ in range(10):
-        area = width * height * rng.uniform(*AREA)
+        area = width * height * rng.uniform(*share)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w = round(math.sqrt(area * ratio))
         h = round(math.sqrt(area / ratio))
@@ -136,11 +137,11 @@ def random_box(width, height, rng):
     return 0, 0, width, height
 
 
-def random_crop(image, size, rng):
+def random_crop(image, size, rng, share=AREA):
     """A random box of the image, resized -> RGB image of size x size pixels. The box is drawn
     before the image is upright: turned or mirrored, each box has the same probability."""
     width, height = image.size
-    left, top, right, bottom = random_box(width, height, rng)
+    left, top, right, bottom = random_box(width, height, rng, share)
 
     # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is faster. draft chooses the
     # smallest that is not below the size asked for: here one that leaves the crop `size` pixels.
@@ -160,10 +161,11 @@ def resize(image, size):
     return Image.fromarray(small[0].permute(1, 2, 0).numpy())       # (s, s, 3)
 
 
-def train_transform(image, size, rng):
-    """Random crop, mirrored with probability 1/2, RandAugment -> uint8 (3, size, size)."""
-    image = random_crop(image, size, rng)
-    if rng.random() < 0.5:
+def train_transform(image, size, rng, share=AREA, mirror=True):
+    """Random crop, mirrored with probability 1/2, RandAugment -> uint8 (3, size, size). share: how
+    much of the image's area a crop takes. mirror=False: where left and right have a meaning."""
+    image = random_crop(image, size, rng, share)
+    if rng.random() < 0.5 and mirror:
         image = ImageOps.mirror(image)
     return pixels(rand_augment(image, rng))
 

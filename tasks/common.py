@@ -23,7 +23,8 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from formats.images import eval_transform, normalise, train_transform, undecoded
+from formats.images import (FINE_TUNING_AREA, eval_transform, normalise, train_transform,
+                            undecoded)
 from formats.records import reading
 from losses import global_mean
 from model import at_least_float32, inference_context
@@ -46,6 +47,7 @@ class Example(NamedTuple):
     pictures: tuple                     # of n pictures each the path, or a function that reads one
     text: str
     label: int                          # the right class; -1: none is
+    mirror: bool = True                 # may a picture be mirrored?
 
 
 class Examples:
@@ -63,7 +65,8 @@ class Examples:
         index, rng = key
         example = self.examples[index]
         with reading(self, index):
-            pixels = [train_transform(picture, self.size, rng) for picture in opened(example)]
+            pixels = [train_transform(picture, self.size, rng, FINE_TUNING_AREA, example.mirror)
+                      for picture in opened(example)]
         return np.stack(pixels), example.text, example.label
 
     def whole(self, index):
