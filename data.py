@@ -286,6 +286,7 @@ class Stream(NamedTuple):
     mask_probability: float = 0.4
     most_masked: int = 20                       # tokens of a sentence
     max_bad: float = TOLERATED                  # share of bad records that stops no run
+    joined: bool = False                        # "<s> a </s> b </s>" is masked (translation LM)
 
 
 def pack(sentences):
@@ -339,10 +340,14 @@ class Batches(torch.utils.data.Dataset):
         if number == 0:
             view_a = {"images": torch.from_numpy(np.stack(a))}                  # (B, 3, s, s)
         else:
-            view_a = {"a": pack(self.encode(a, stream.longest, stats))}
+            a = self.encode(a, stream.longest, stats)
+            view_a = {"a": pack(a)}
         b = self.encode(b, stream.longest, stats)
-        return view_a | {"b": pack(b), "masked": mask_sentences(b, rngs, self.tokenizer, stream),
-                         "ids": torch.tensor(ids)}                              # (B,)
+        batch = view_a | {"b": pack(b), "ids": torch.tensor(ids)}               # (B,)
+        if stream.joined:
+            b = [x + y[1:] for x, y in zip(a, b)]
+            batch["joined"] = pack(b)
+        return batch | {"masked": mask_sentences(b, rngs, self.tokenizer, stream)}
 
     def key(self, number, position):
         """-> (stream number, epoch, index) of the example at a position of a stream."""

@@ -27,6 +27,7 @@ tokens, D width, E embedding, V vocabulary.
 """
 import argparse
 import collections
+import contextlib
 import functools
 import heapq
 import itertools
@@ -716,6 +717,14 @@ def retrieval_command(args, device):
         print(f"\nwrote {args.json}")
 
 
+def done_before(partial, of):
+    """The scores that an interrupted run of the same command left: {language: {key: number}}."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(partial.read_text()) if partial else {}
+        return found["scores"] if found["of"] == of else {}
+    return {}
+
+
 def task_command(args, device):
     task = TASKS[args.task](args.data, args.image_root)
     model, state = load_model(args.ckpt, task)
@@ -724,12 +733,23 @@ def task_command(args, device):
     if args.translate_test:
         languages = [k for k in languages if k != "en"]
     task.check("test", languages, args.translate_test)
-    scores = dict(task_scores(task, model.to(device), tokenizer, "test", bar(languages, "languages"),
-                              args.translate_test))
+    # Each language is written as soon as it is done: the same command goes on after the last.
+    partial = args.json and args.json.with_name(f"{args.json.name}.partial")
+    written = pathlib.Path(args.ckpt).stat()
+    of = [args.ckpt, written.st_mtime_ns, written.st_size, args.data, args.translate_test]
+    scores = done_before(partial, of)
+    left = [k for k in languages if k not in scores]
+    for language, values in task_scores(task, model.to(device), tokenizer, "test", left,
+                                        args.translate_test):
+        scores[language] = values
+        if partial:
+            data.write_output(partial, json.dumps({"of": of, "scores": scores}).encode())
+    scores = {k: scores[k] for k in languages}
     report = task_report(task, scores, state["config"].get("languages"))
     print_task(task, report)
     if args.json:
         data.write_output(args.json, json.dumps(report, indent=1).encode())
+        partial.unlink(missing_ok=True)
         print(f"\nwrote {args.json}")
 
 

@@ -84,7 +84,7 @@ from formats.checkpoints import keep_earlier, read_checkpoint, write_checkpoint
 from formats.images import normalise
 from formats.sources import BadRecords, parse_all
 from kernels.packed import offsets
-from losses import MaskedText, Options, all_reduce, cross_view, world
+from losses import MaskedText, Options, all_reduce, cross_view, translation_lm, world
 from model import (PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, inference_context,
                    parameter_groups, training_dtype)
 from tasks import TASKS
@@ -182,6 +182,7 @@ def add_data_flags(flag):
     flag("--keywords", type=float, default=0.1, help="demo: share of captions that are keywords")
     flag("--parallel_text", action=ON_OFF, default=True, help="train on the second stream")
     flag("--match", action=ON_OFF, default=True, help="the matching loss")
+    flag("--translation_lm", action="store_true", help="no match or masked LM for parallel text")
     flag("--condition", action=ON_OFF, default=True, help="masked tokens see the other view")
     for name in LOSSES:
         flag(f"--{name}_weight", type=float, default=1.0, help="weight of the loss")
@@ -401,6 +402,8 @@ class Pretraining(nn.Module):
     def losses(self, model, a, b, masked_b, batch, seed):
         """cross_view of one stream, whatever its a is."""
         masked = MaskedText(masked_b.states, batch["masked"].positions, batch["masked"].labels)
+        if "joined" in batch:
+            return translation_lm(model, a, b, masked_b, masked, self.options)
         return cross_view(model, a, b, masked, seed, options=self.options)
 
     def validate(self):
@@ -457,8 +460,8 @@ class FineTuning(nn.Module):
 
 
 def masked_sentences(batch):
-    """The sentences b of a batch with their masked tokens in place."""
-    return batch["b"]._replace(token_ids=batch["masked"].token_ids)
+    """The sentences b of a batch, or with translation LM a and b, with their masked tokens."""
+    return batch.get("joined", batch["b"])._replace(token_ids=batch["masked"].token_ids)
 
 
 def is_demo(args):
@@ -984,9 +987,11 @@ def make_batches(args, model, tokenizer):
                          f"has at least 3: choose a larger --positions")
     image_stream = data.Stream(images, args.batch, min(args.caption_tokens, longest),
                                args.mask_probability, args.caption_masked, args.max_bad)
-    text_stream = texts and data.Stream(texts, args.text_batch, min(args.sentence_tokens, longest),
-                                        args.mask_probability, args.sentence_masked,
-                                        args.max_bad)
+    both = 2 if args.translation_lm else 1          # sentences that stand side by side
+    text_stream = texts and data.Stream(texts, args.text_batch,
+                                        min(args.sentence_tokens, longest // both),
+                                        args.mask_probability, both * args.sentence_masked,
+                                        args.max_bad, args.translation_lm)
     batches = data.Batches(tokenizer, image_stream, text_stream, args.seed, *world())
     return batches, validation_rows
 

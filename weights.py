@@ -8,6 +8,7 @@ the parts of earlier ones that it holds.
     python weights.py import cclm_x2vlm_base.th --out ckpt.pt        the authors' model
     python weights.py import beitv2_base.pth xlmr/ --out ckpt.pt     two encoders; the rest is new
     python weights.py import xlmr/ x2vlm_base_1b.th --out ckpt.pt    where CCLM-X2VLM began
+    python weights.py import xvnli.th --out ckpt.pt                  CCLM-X2VLM after fine-tuning
     python weights.py import beitv2_large.pth xlmr_large/ --every_second --out ckpt.pt
                                                                      texts as CCLM-3M/4M began
     python weights.py export ckpt.pt DIR                             safetensors; DIR/text_encoder
@@ -27,6 +28,7 @@ from formats.checkpoints import (read_checkpoint, read_pickle, read_safetensors,
 from formats.layouts import (PARTS, Note, Source, adapt_to_model, merge, part_of, report,
                              text_encoder, translate, without_tied_decoder)
 from model import CCLM, Config, build
+from tasks import TASKS
 
 # --------------------------------------------------------------------------------------------------
 # Reading sources
@@ -109,17 +111,19 @@ def check_fields(config, path):
     return config
 
 
-def own_source(path, weights, config, tokenizer):
+def own_source(path, weights, config, tokenizer, task):
     """The Source of a checkpoint or an export of this program: the names are ours."""
     notes = [Note(name, [name], "") for name in weights]
     parts = (*PARTS, "mlm_head")
-    return without_tied_decoder(Source(str(path), weights, notes, config, parts, {}, tokenizer))
+    return without_tied_decoder(Source(str(path), weights, notes, config, parts, {}, tokenizer,
+                                       task))
 
 
 def checkpoint_source(path, state):
     """The Source of a checkpoint that was read from `path`."""
     config = check_fields(state["config"]["model"], path)
-    return own_source(path, state["model"], config, state["tokenizer"])
+    task = state["config"].get("task")
+    return own_source(path, state["model"], config, state["tokenizer"], task)
 
 
 def read_source(path, every_second=False):
@@ -134,8 +138,10 @@ def read_source(path, every_second=False):
     tokenizer = tokenizer_file.read_bytes() if tokenizer_file.exists() else None
     config_file = file.parent / "config.json"
     if ours:
-        config = check_fields(read_config_json(config_file), config_file)
-        return own_source(path, tensors, config, tokenizer)
+        settings = read_config_json(config_file)
+        task = settings.pop("task", None)
+        config = check_fields(settings, config_file)
+        return own_source(path, tensors, config, tokenizer, task)
     try:
         source = translate(tensors, every_second)
         settings = fields_from_config_json(source, config_file)
@@ -189,16 +195,27 @@ def resolve_config(preset, source, changes):
     return config
 
 
+def new_model(config, source):
+    """A CCLM, with a new head if the source was fine-tuned on a benchmark."""
+    model = CCLM(config)
+    if source.task:
+        if source.task not in TASKS:
+            raise ValueError(f"{source.title} is fine-tuned on {source.task}, which is none of "
+                             f"{', '.join(TASKS)}")
+        model.task_head = TASKS[source.task]("", "").head(config)
+    return model
+
+
 def import_sources(paths, changes=None, every_second=False, allow=()):
     """Published files -> (a checkpoint's dict, the lines of the key report). changes: fields of
     Config that win over the files'. allow: patterns of names that may be missing or unknown."""
     source = read_sources(paths, every_second)
     config = resolve_config("base", source, changes or {})
     with torch.device("meta"):                                  # shapes only, no memory
-        model = CCLM(config)
+        model = new_model(config, source)
     weights, missing = adapt_to_model(source, model, allow)
     torch.manual_seed(0)                                        # the same ones in every import
-    made = CCLM(config).state_dict() if missing else {}
+    made = new_model(config, source).state_dict() if missing else {}
     made = {name: made[name] for name in missing}
     lines = report(source, weights, missing, made)
     lines.append(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
@@ -207,7 +224,8 @@ def import_sources(paths, changes=None, every_second=False, allow=()):
     state = {"model": {name: weights[name] for name in model.state_dict()}, "step": 0,
              "tokenizer": source.tokenizer,
              "config": {"model": asdict(config), "train": {"init": source.title},
-                        "new": list(missing)}}                   # train.py's --new_lr is for these
+                        "new": list(missing),                   # train.py's --new_lr is for these
+                        "task": source.task}}
     return state, lines
 
 
@@ -221,11 +239,11 @@ def initialise(model, source):
     return f"{len(weights)} tensors from {source.title}; new: {new or 'nothing'}"
 
 
-def with_task_head(model, source, task, trained_on):
+def with_task_head(model, source, task):
     """Adds the head of a task (None: none) to the model -> (the source with or without its weights,
-    is the head new?). trained_on: the name of the task whose head the source has, or None."""
+    is the head new?)."""
     model.task_head = task.head(model.config) if task else None
-    if model.task_head is not None and trained_on == task.name:
+    if model.task_head is not None and source.task == task.name:
         return source, False
     notes = [note for note in source.notes if part_of(note.name) != "task_head"]
     weights = {name: tensor for name, tensor in source.weights.items()
@@ -239,7 +257,7 @@ def load_model(path, task=None):
     state = read_checkpoint(path, mmap=True)
     model = CCLM(Config(**check_fields(state["config"]["model"], path)))
     source = checkpoint_source(path, state)
-    source, new = with_task_head(model, source, task, state["config"].get("task"))
+    source, new = with_task_head(model, source, task)
     if new:
         raise ValueError(f"{path} is not fine-tuned on {task.name}: train.py --task {task.name} "
                          f"--init {path} does that, and its OUT/best.pt is what to give here")
@@ -268,7 +286,7 @@ def starting_point(path, state, flags, task=None):
         return CCLM(config), tokenizer, "random weights"
     source = checkpoint_source(path, state)
     model = CCLM(resolve_config(flags["preset"], source, changes))
-    source, new = with_task_head(model, source, task, state["config"].get("task"))
+    source, new = with_task_head(model, source, task)
     line = initialise(model, source)
     if new:
         task.begin(model)
@@ -316,12 +334,15 @@ def export(path, folder):
     if config.tied:
         del weights["mlm_head.weight"]                           # it is the word embedding
     folder = pathlib.Path(folder)
-    write_export(folder, asdict(config), weights, state["tokenizer"])
+    settings = asdict(config)
+    if state["config"].get("task"):
+        settings["task"] = state["config"]["task"]
+    write_export(folder, settings, weights, state["tokenizer"])
     write_export(folder / "text_encoder", *text_encoder(weights, config), state["tokenizer"])
-    settings = "\n".join(f"- {name}: {value}" for name, value in asdict(config).items())
+    listed = "\n".join(f"- {name}: {value}" for name, value in settings.items())
     start = state["config"]["train"].get("init") or "random weights"
     count = sum(tensor.numel() for tensor in weights.values())
-    (folder / "README.md").write_text(CARD.format(count, state["step"], start, settings))
+    (folder / "README.md").write_text(CARD.format(count, state["step"], start, listed))
 
 
 def write_export(folder, settings, tensors, tokenizer):

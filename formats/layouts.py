@@ -93,12 +93,17 @@ EVERY_SECOND = XLMR._replace(                             # official code, CCLM 
     fields=XLMR.fields | {"offset": 0, "fusion_eps": 1e-5}, parts=("text", "fusion"),
     new={"fusion.*.cross*": "XLM-R has no cross-attention"},
     unused={"*encoder.layer.*[02468].*": "every second layer was asked for"})
+X2VLM = Layout(
+    "CCLM-X2VLM", ("cross_encoder.encoder.layer.0.*",),
+    HEADS | {"text_encoder.": ("text.", BERT), "cross_encoder.": ("fusion.", FUSION),
+             "mlm_head.": ("mlm_head.", MLM_HEAD), "cls_head.": ("task_head.", {})},
+    fields={"text_eps": 1e-5, "offset": 2, "fusion_eps": 1e-12, "tied": False, "pool": "first"},
+    parts=PARTS)
+FINE_TUNED = X2VLM._replace(                              # X2-VLM models/model_classification.py
+    title="Fine-tuned CCLM-X2VLM", parts=("vision", "text", "fusion", "task_head"))
+TASK_OF_CLASSES = {3: "xvnli", 2: "marvl"}                # rows of cls_head.3.weight
 TEXTS = (
-    Layout("CCLM-X2VLM", ("cross_encoder.encoder.layer.0.*",),
-           HEADS | {"text_encoder.": ("text.", BERT), "cross_encoder.": ("fusion.", FUSION),
-                    "mlm_head.": ("mlm_head.", MLM_HEAD)},
-           fields={"text_eps": 1e-5, "offset": 2, "fusion_eps": 1e-12, "tied": False,
-                   "pool": "first"}, parts=PARTS),
+    X2VLM,
     Layout("English X2VLM", (f"{TOKEN_TYPES} 2",), STACK,                # BERT has two token types
            fields={"fusion_eps": 1e-12, "tied": False, "pool": "first"},
            parts=tuple(name for name in PARTS if name != "text") + ("mlm_head",),
@@ -170,6 +175,7 @@ class Source(NamedTuple):
     parts: tuple
     new: dict
     tokenizer: bytes | None = None  # a sentencepiece model
+    task: str | None = None         # the benchmark that task_head is for, if there is one
 
 
 def translate(tensors, every_second=False):
@@ -182,6 +188,9 @@ def translate(tensors, every_second=False):
                          f"{', '.join(layout.title for layout in TEXTS + IMAGES)}")
     if texts is XLMR and every_second:
         texts = EVERY_SECOND
+    if texts is X2VLM and "cls_head.3.weight" in tensors:
+        texts = FINE_TUNED
+    task = task_of(texts, tensors)
     text_layers, step = division_of_stack(texts, tensors)
     blocks = len(layer_numbers(r"blocks\.(\d+)\.", tensors))
     weights = {}
@@ -203,7 +212,17 @@ def translate(tensors, every_second=False):
     title = " with ".join(layout.title for layout in (texts, images) if layout.title)
     fields = fields_from_shapes(weights, title) | texts.fields | images.fields
     return without_tied_decoder(Source(title, weights, notes, fields, texts.parts + images.parts,
-                                       texts.new | images.new))
+                                       texts.new | images.new, task=task))
+
+
+def task_of(layout, tensors):
+    """The benchmark that a file was fine-tuned on, by the number of its classes, or None."""
+    if layout is not FINE_TUNED:
+        return None
+    classes = len(tensors["cls_head.3.weight"])
+    if classes not in TASK_OF_CLASSES:
+        raise ValueError(f"its cls_head has {classes} classes, which is no benchmark here")
+    return TASK_OF_CLASSES[classes]
 
 
 def layer_numbers(pattern, names):
@@ -342,7 +361,7 @@ def merge(a, b):
     notes = with_reasons(a.notes, dict.fromkeys(replaced, "another source holds it")) + b.notes
     tokenizer = b.tokenizer if "text" in replaced else a.tokenizer
     return Source(f"{a.title} + {b.title}", weights | b.weights, notes, fields, a.parts + b.parts,
-                  new | b.new, tokenizer)
+                  new | b.new, tokenizer, b.task or a.task)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 
 import data
 import evaluate
+import model as models
 from formats import images
 from demo import emoji
 from model import CCLM, PRESETS
@@ -21,7 +22,7 @@ LANGUAGES = ["en", "de", "hi"]
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
     """What is compared with a reference is computed in float32 on every machine."""
-    monkeypatch.setattr(evaluate, "training_dtype", lambda device: (torch.float32, "tests compare"))
+    monkeypatch.setattr(models, "training_dtype", lambda device: (torch.float32, "tests compare"))
 
 
 def make(tokenizer, **changes):     # a tiny model whose match head has an opinion
@@ -269,7 +270,7 @@ def test_languages_are_grouped_by_their_role_in_training_and_each_has_its_chance
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_evaluation_multiplies_in_the_type_of_training(dtype, monkeypatch):
-    monkeypatch.setattr(evaluate, "training_dtype", lambda device: (dtype, "the test says so"))
+    monkeypatch.setattr(models, "training_dtype", lambda device: (dtype, "the test says so"))
     with torch.autocast("cpu", torch.bfloat16), evaluate.inference_context(torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 

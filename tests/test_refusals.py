@@ -131,6 +131,8 @@ CASES = [
     ("another tokenizer", {"a.pth": XLMR, "sentencepiece.bpe.model": lambda tokenizer: tokenizer.model}, IMPORT,
      ["XLM-R: its sentencepiece.bpe.model has", "its word embedding 100 rows"]),
     # tensors that are no model
+    ("a classifier of five", {"a.pth": {"cross_encoder.encoder.layer.0.a": torch.zeros(1),
+                                        "cls_head.3.weight": torch.zeros(5, 4)}}, IMPORT, ["a.pth: its cls_head has 5 classes"]),
     ("Swin alone", {"a.pth": SWIN}, IMPORT, ["Swin: no encoder"]),
     ("one tensor", {"a.pth": {"class_embedding": torch.zeros(64)}}, IMPORT, ["CLIP: no encoder"]),
     ("no words", {"a.pth": {n: t for n, t in XLMR.items() if n != WORDS}}, IMPORT, ["a.pth: XLM-R, but without", "text.tok"]),

@@ -111,6 +111,23 @@ def test_evaluate_gives_the_results_of_the_run(made, tmp_path):
     assert report["groups"]["xvnli"]["others"]["accuracy"] == report["xvnli"]["ar"]["accuracy"]
 
 
+def test_an_interrupted_evaluation_goes_on_after_its_last_language(made, tmp_path, monkeypatch, capsys):
+    assert fine_tune(made, tmp_path, "--no-eval") == 0
+    words = ["xvnli", "--ckpt", str(tmp_path / "best.pt"), *made[1], "--json", str(tmp_path / "a.json")]
+    scores, asked = Xvnli.scores, []
+
+    def until_fr(task, model, tokenizer, split, language, translated=False):
+        asked.append(language)
+        if language == "fr" and asked.count("fr") == 1:
+            raise ValueError("the power went")
+        return scores(task, model, tokenizer, split, language, translated)
+
+    monkeypatch.setattr(Xvnli, "scores", until_fr)
+    assert evaluate.main(words) == 2 and evaluate.main(words) == 0
+    assert asked == ["en", "ar", "es", "fr", "fr", "ru"] and not list(tmp_path.glob("*.partial"))
+    assert list(json.loads((tmp_path / "a.json").read_text())["xvnli"]) == list(Xvnli.languages)
+
+
 def test_a_stopped_fine_tuning_resumes_bitwise(made, tmp_path):
     assert fine_tune(made, tmp_path / "whole", "--no-eval", "--dropout", "0.1") == 0
     assert fine_tune(made, tmp_path / "parts", "--no-eval", "--dropout", "0.1", "--stop_after", "5") == 0

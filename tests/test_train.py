@@ -76,7 +76,7 @@ def test_a_preset_brings_its_recipe_and_a_flag_overrides_one_value(preset):
     """The run says both first. base and large are the published runs (docs/paper.md)."""
     args = train.settings(["--preset", preset, "--batch", "4"])
     assert {name: getattr(args, name) for name in RECIPES[preset]} == RECIPES[preset] | {"batch": 4}
-    assert RECIPES[preset].keys() == RECIPE.keys()
+    assert RECIPES[preset].keys() == RECIPE.keys() - {"epochs"}              # of fine-tuning
     said = " ".join(train.recipe_lines(args, PRESETS[preset].vocabulary).split())
     assert f"recipe of {preset}," in said and said.endswith("overridden: batch 4")
     if preset == "base":
@@ -113,7 +113,7 @@ def test_validation_goes_into_the_log_by_group_of_languages(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--no-parallel_text", "--no-match", "--no-condition", "--no-shared_fusion",
-                                  "--checkpointing", "--chunk=5"])
+                                  "--translation_lm", "--checkpointing", "--chunk=5"])
 def test_ablations_and_memory_savers_train_and_resume(tmp_path, flag):
     args = [*TINY, "--out", str(tmp_path), "--steps", "3", flag]
     assert train.main([*args, "--stop_after", "2"]) == 0 and train.main(args) == 0
@@ -122,6 +122,27 @@ def test_ablations_and_memory_savers_train_and_resume(tmp_path, flag):
     assert (log[0]["text_contrast"] == "") == (flag == "--no-parallel_text")
     parts = {name.split(".")[0] for name in torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]}
     assert ("text_fusion" in parts) == (flag == "--no-shared_fusion")
+
+
+def test_translation_lm_masks_a_sentence_and_its_translation_as_one_text(tmp_path):
+    """Of the batch, and the loss against a sum over one joined text at a time."""
+    args = train.settings([*TINY, "--out", str(tmp_path), "--translation_lm", "--dropout", "0"])
+    run = train.prepare(args, torch.device("cpu"))
+    model, batch = run.objective.model.double().eval(), run.batches[0][1]
+    texts = [batch[name].token_ids.tensor_split(batch[name].starts[1:-1]) for name in ("a", "b", "joined")]
+    assert all(torch.equal(joined, torch.cat([a, b[1:]])) for a, b, joined in zip(*texts))
+    masked = batch["masked"]
+    assert torch.equal(batch["joined"].token_ids[masked.positions], masked.labels)
+    total = 0
+    for i in range(len(batch["ids"])):
+        first, end = batch["joined"].starts[i:i + 2].tolist()
+        own = (masked.positions >= first) & (masked.positions < end)
+        view = model.encode_text(masked.token_ids[first:end], torch.tensor([0, end - first], dtype=torch.int32), None)
+        states = model.fuse(view, view, torch.tensor([0]), torch.tensor([-1]), masked.positions[own] - first)
+        logits = torch.nn.functional.linear(model.mlm_head(states), model.mlm_head.weight, model.mlm_head.bias)
+        total += torch.nn.functional.cross_entropy(logits, masked.labels[own], reduction="sum").item()
+    got = run.objective(*run.batches[0][:2], seed=0)[1]
+    assert got["text_mask"].item() == pytest.approx(total / len(masked.labels), rel=1e-6) and got["text_match"] == 0
 
 
 def test_unshared_fusion_learns_apart_from_the_same_start(tmp_path):
