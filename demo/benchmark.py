@@ -10,9 +10,9 @@ of the words and list patterns of the Unicode CLDR: there is no sentence templat
 
 A THING is a name ("red apple") or a group ("fruit", which any fruit is). What is asked:
 
-    XVNLI       A sentence lists two or three things. The picture shows all of them: entailment.
-                It shows one: neutral. It shows none: contradiction. (The premise, "sentence1", is
-                a caption of the picture.)
+    XVNLI       A sentence lists two things. The picture shows both: entailment. It shows one of
+                them: neutral. It shows none: contradiction. (The premise, "sentence1", is a caption
+                of the picture.)
     GQA, xGQA   A name: is it there? yes or no. Two names: which is there? Its English name. A
                 group: how many of it are there? 1, 2, 3 or 4.
     NLVR2,      One thing. True: both pictures show it. False: one of them does.
@@ -40,10 +40,10 @@ import numpy as np
 from demo import emoji
 
 # Blocks of questions in the sets. A block is balanced in itself.
-BLOCKS = {"xvnli": {"train": 448, "dev": 56, "test": 56, "few_shot": 16},       # of 9 questions
-          "xgqa": {"train": 168, "dev": 21, "test": 21, "few_shot": 4},         # of 24
-          "marvl": {"train": 168, "dev": 21, "test": 21, "few_shot": 3},        # of 24
-          "flickr": {"train": 800, "dev": 100, "test": 500, "few_shot": 100},   # of one picture
+BLOCKS = {"xvnli": {"train": 1344, "dev": 56, "test": 56, "few_shot": 16},      # of 9 questions
+          "xgqa": {"train": 504, "dev": 21, "test": 21, "few_shot": 4},         # of 24
+          "marvl": {"train": 504, "dev": 21, "test": 21, "few_shot": 3},        # of 24
+          "flickr": {"train": 2000, "dev": 100, "test": 500, "few_shot": 100},  # of one picture
           "wit": {"train": 2000, "dev": 250, "test": 250}}
 LANGUAGES = [code for group in ("seen", "text_only", "never") for code in emoji.languages(group)]
 FEW_SHOT = ["ar", "id"]                 # languages that have a small training set too
@@ -218,15 +218,14 @@ def xvnli_block(out, split, block, rng):
     """Three statements about three pictures. Each statement is entailed by one of them, neutral
     for one and contradicted by one, and each picture has a statement of each label:
 
-        picture k    all of statement k, one thing of statement k + 1, none of statement k + 2
+        picture k    both things of statement k, one of statement k + 1, none of statement k + 2
     """
-    size = int(rng.integers(2, 4))
-    things = pick(rng, 3 * size)
-    statements = [things[k:k + size] for k in range(0, 3 * size, size)]
+    things = pick(rng, 6)
+    statements = [things[k:k + 2] for k in (0, 2, 4)]
     questions = []
     for k in range(3):
         other = statements[(k + 1) % 3]
-        ids = concepts_of([*statements[k], other[rng.integers(size)]], rng)
+        ids = concepts_of([*statements[k], other[rng.integers(2)]], rng)
         name = f"{list(SPLITS).index(split) + 1}{block:05}{k}"
         out.picture(ids, split, rng, f"flickr30k-images/{name}.jpg")
         questions += [Question(sentences(statement), (ids,), name, entailment(statement, ids))
