@@ -10,9 +10,9 @@ of the words and list patterns of the Unicode CLDR: there is no sentence templat
 
 A THING is a name ("red apple") or a group ("fruit", which any fruit is). What is asked:
 
-    XVNLI       A sentence lists two or three things. The picture shows all of them: entailment.
-                It shows one: neutral. It shows none: contradiction. (The premise, "sentence1", is
-                a caption of the picture.)
+    XVNLI       A sentence lists two things. The picture shows both: entailment. It shows one of
+                them: neutral. It shows none: contradiction. (The premise, "sentence1", is a caption
+                of the picture.)
     GQA, xGQA   A name: is it there? yes or no. Two names: which is there? Its English name. A
                 group: how many of it are there? 1, 2, 3 or 4.
     NLVR2,      One thing. True: both pictures show it. False: one of them does.
@@ -40,15 +40,14 @@ import numpy as np
 from demo import emoji
 
 # Blocks of questions in the sets. A block is balanced in itself.
-BLOCKS = {"xvnli": {"train": 448, "dev": 56, "test": 56, "few_shot": 16},       # of 9 questions
-          "xgqa": {"train": 168, "dev": 21, "test": 21, "few_shot": 4},         # of 24
-          "marvl": {"train": 168, "dev": 21, "test": 21, "few_shot": 3},        # of 24
-          "flickr": {"train": 800, "dev": 100, "test": 500, "few_shot": 100},   # of one picture
+BLOCKS = {"xvnli": {"train": 1344, "dev": 56, "test": 56, "few_shot": 16},      # of 9 questions
+          "xgqa": {"train": 504, "dev": 21, "test": 21, "few_shot": 4},         # of 24
+          "marvl": {"train": 1008, "dev": 42, "test": 42, "few_shot": 7},       # of 12
+          "flickr": {"train": 2000, "dev": 100, "test": 500, "few_shot": 100},  # of one picture
           "wit": {"train": 2000, "dev": 250, "test": 250}}
 LANGUAGES = [code for group in ("seen", "text_only", "never") for code in emoji.languages(group)]
 FEW_SHOT = ["ar", "id"]                 # languages that have a small training set too
 SPLITS = {"train": ["en"], "dev": ["en"], "test": LANGUAGES, "few_shot": FEW_SHOT}
-PAIRS = [(0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3)]       # see marvl_block
 GROUPS = 0.15                           # share of groups among the things
 KEYWORDS = 0.2                          # share of names that are replaced in Flickr30k's captions
 MEMBERS = 5                             # a group has at least so many concepts
@@ -218,15 +217,14 @@ def xvnli_block(out, split, block, rng):
     """Three statements about three pictures. Each statement is entailed by one of them, neutral
     for one and contradicted by one, and each picture has a statement of each label:
 
-        picture k    all of statement k, one thing of statement k + 1, none of statement k + 2
+        picture k    both things of statement k, one of statement k + 1, none of statement k + 2
     """
-    size = int(rng.integers(2, 4))
-    things = pick(rng, 3 * size)
-    statements = [things[k:k + size] for k in range(0, 3 * size, size)]
+    things = pick(rng, 6)
+    statements = [things[k:k + 2] for k in (0, 2, 4)]
     questions = []
     for k in range(3):
         other = statements[(k + 1) % 3]
-        ids = concepts_of([*statements[k], other[rng.integers(size)]], rng)
+        ids = concepts_of([*statements[k], other[rng.integers(2)]], rng)
         name = f"{list(SPLITS).index(split) + 1}{block:05}{k}"
         out.picture(ids, split, rng, f"flickr30k-images/{name}.jpg")
         questions += [Question(sentences(statement), (ids,), name, entailment(statement, ids))
@@ -314,50 +312,60 @@ def xgqa_files(questions, split, language):
 # --------------------------------------------------------------------------------------------------
 
 def marvl_block(out, split, block, rng):
-    """Four things and six pairs of pictures: each picture shows three of the things, and the two of
-    a pair lack different ones (PAIRS). Each thing is asked of each pair: do both show it?
+    """Three things, three pictures: picture k shows all but thing k. So two pictures share one thing
+    x, and each has one that the other lacks. They are shown in both orders, beside the words for
+    x (true) and for the next thing (false).
 
-    So a pair is right for two of its four things, and a thing for three of the six pairs. One
-    picture that lacks the thing says "False"; one that shows it says "True" in two of three."""
-    things = pick(rng, 4)
+    Half the questions of each pair are true, and half of those of each thing. Who sees one picture
+    that lacks the thing knows that it is false; one that shows it says "true" in two of three."""
+    things = pick(rng, 3)
+    pictures = [concepts_of(things[:k] + things[k + 1:], rng) for k in range(3)]
+    places = {k: marvl_places(split, block, k) for k in range(3)}
     questions = []
-    for number, missing in enumerate(PAIRS):
-        name = f"{split}-{block}-{number}"
-        pictures = []
-        for side, absent in enumerate(missing):
-            ids = concepts_of([thing for k, thing in enumerate(things) if k != absent], rng)
-            pictures.append(ids)
-            out.picture(ids, split, rng, *marvl_places(split, block, number, side))
-        questions += [Question(sentences([thing]), tuple(pictures), f"{name}-{k}",
-                               all(shows(ids, thing) for ids in pictures))
-                      for k, thing in enumerate(things)]
+    for x in range(3):
+        following = (x + 1) % 3
+        last = (x + 2) % 3
+        for order, (left, right) in enumerate([(following, last), (last, following)]):
+            pair = f"{split}-{block}-{2 * x + order}"
+            if split != "few_shot":
+                places[left].append(f"nlvr2/{pair}-img0.png")
+                places[right].append(f"nlvr2/{pair}-img1.png")
+            shown = pictures[left], pictures[right]
+            for number, thing in enumerate((things[x], things[following])):
+                label = all(shows(ids, thing) for ids in shown)
+                name = f"{pair}-{number} {left} {right}"
+                questions.append(Question(sentences([thing]), shown, name, label))
+    for k, ids in enumerate(pictures):
+        out.picture(ids, split, rng, *places[k])
     return questions
 
 
-def marvl_places(split, block, number, side):
-    """The files of a picture below images. MaRVL has a folder for each language."""
-    picture = f"{block}-{2 * number + side}.jpg"
+def marvl_places(split, block, number):
+    """The files of a picture below images but for NLVR2's: a folder of each language has it."""
     others = [language for language in SPLITS[split] if language != "en"]
     if split == "few_shot":
-        return [f"marvl_fewshot/{language}/all/{picture}" for language in others]
-    places = [f"marvl-images/{language}/images/{block}-scene/{picture}" for language in others]
-    return [f"nlvr2/{split}-{block}-{number}-img{side}.png", *places]
+        return [f"marvl_fewshot/{language}/all/{block}-{number}.jpg" for language in others]
+    return [f"marvl-images/{language}/images/{block}-scene/{block}-{number}.jpg"
+            for language in others]
 
 
 def marvl_files(questions, split, language):
-    if language == "en":
-        rows = [{"sentence": q.texts["en"], "label": str(q.label), "identifier": q.name}
-                for q in questions]
-        return {f"nlvr2/annotations/{split}.jsonl": rows}
     rows = []
     for count, q in enumerate(questions):
-        _, block, number, _ = q.name.split("-")
+        identifier, *numbers = q.name.split()
+        if language == "en":
+            rows.append({"sentence": q.texts["en"], "label": str(q.label),
+                         "identifier": identifier})
+            continue
+        block = identifier.split("-")[1]
         concept = f"{block}-scene"
         folder = "" if split == "test" else f"{concept}/"       # few-shot rows name it twice
-        left, right = (f"{folder}{block}-{2 * int(number) + side}.jpg" for side in (0, 1))
+        left, right = (f"{folder}{block}-{number}.jpg" for number in numbers)
         rows.append({"concept": concept, "language": language, "caption": q.texts[language],
                      "left_img": left, "right_img": right, "id": f"{language}-{count}",
                      "label": q.label})
+    if language == "en":
+        return {f"nlvr2/annotations/{split}.jsonl": rows}
     if split == "test":
         return {f"marvl/zero_shot/annotations/marvl-{language}.jsonl": rows}
     return {f"marvl/few_shot/annotations/marvl-{language}_train10x2.jsonl": rows}
