@@ -432,14 +432,14 @@ class FineTuning(nn.Module):
         self.tokenizer = tokenizer
         self.task = task
         self.languages = languages
-        self.chance = task.chance(args.batch)
+        self.chance = task.chance(args.batch, tokenizer)
         self.validation = [f"val_{key}" for key in task.validation]
 
     def forward(self, batch, text, seed):
         """A step's batch -> loss, {name: number to log}. text: None, there is no second stream."""
         with torch.no_grad():
             self.model.temperature.clamp_(0.001, 0.5)
-        losses = self.task.losses(self.model, batch, seed)
+        losses = self.task.losses(self.model, batch, seed, self.tokenizer)
         numbers = {name: loss.detach() for name, loss in losses.items()}
         temperature = self.model.temperature.detach()
         return sum(losses.values()), numbers | {"temperature": temperature}

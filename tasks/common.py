@@ -6,7 +6,7 @@ to the model, and brings a loss and a metric. train.py and evaluate.py know no m
     task = Xvnli(root, image_root)              folders of the annotations and of the pictures
     task.examples("train", "en")                [Example]: pictures, a sentence, a label
     task.head(config)                           the new parameters: model.task_head from then on
-    task.losses(model, batch, seed)             {name: scalar}; their sum is minimised
+    task.losses(model, batch, seed, tokenizer)  {name: scalar}; their sum is minimised
     task.scores(model, tokenizer, "test", "ar") {key: number} of one language
 
 Letters: B examples, n pictures of each, s pixels a side, T tokens, D width, C classes.
@@ -208,15 +208,27 @@ class Task:
     def begin(self, model):
         """What a new head takes over from the model that was trained before."""
 
-    def chance(self, batch):
+    def chance(self, batch, tokenizer):
         """{name of a loss: what a model that knows nothing gets}"""
         raise NotImplementedError
 
-    def losses(self, model, batch, seed):
+    def losses(self, model, batch, seed, tokenizer):
+        """A batch of Examples (data.Batches) -> {name: scalar}"""
         raise NotImplementedError
 
     def scores(self, model, tokenizer, split, language, translated=False):
         raise NotImplementedError
+
+
+def evaluated(task, model, tokenizer, examples):
+    """Yields batches of examples as an evaluation sees them."""
+    dataset = Examples(examples, model.config.image_size)
+    device = model.temperature.device
+    longest = min(task.recipe["caption_tokens"], model.text.longest)
+    for first in tqdm(range(0, len(examples), BATCH), task.name, leave=False, disable=None):
+        some = range(first, min(first + BATCH, len(examples)))
+        pixels = [dataset.whole(index) for index in some]
+        yield to_batch([examples[i] for i in some], pixels, tokenizer, longest, device)
 
 
 class Classification(Task):
@@ -233,7 +245,7 @@ class Classification(Task):
         return nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(),
                              nn.Linear(2 * width, self.classes))
 
-    def chance(self, batch):
+    def chance(self, batch, tokenizer):
         return {"answer": math.log(self.classes)}
 
     def logits(self, model, batch):
@@ -241,24 +253,10 @@ class Classification(Task):
         states = fused_first_tokens(model, *encode(model, batch))            # (B, n D)
         return at_least_float32(model.task_head(states))                     # (B, C)
 
-    def losses(self, model, batch, seed):
+    def losses(self, model, batch, seed, tokenizer):
         logits = self.logits(model, batch)                                   # (B, C)
         total = F.cross_entropy(logits, batch["ids"], reduction="sum")
         return {"answer": global_mean(total, total.new_full((), len(logits)))}
-
-    def predictions(self, model, tokenizer, examples):
-        """The class of the largest logit, of each example -> list of int."""
-        dataset = Examples(examples, model.config.image_size)
-        device = model.temperature.device
-        found = []
-        for first in tqdm(range(0, len(examples), BATCH), self.name, leave=False, disable=None):
-            some = range(first, min(first + BATCH, len(examples)))
-            pixels = [dataset.whole(index) for index in some]
-            longest = min(self.recipe["caption_tokens"], model.text.longest)
-            batch = to_batch([examples[i] for i in some], pixels, tokenizer, longest, device)
-            with inference_context(device):
-                found += self.logits(model, batch).argmax(1).tolist()        # (B,)
-        return found
 
     def scores(self, model, tokenizer, split, language, translated=False):
         """-> {"accuracy": % of the examples that have a label, "n": how many these are}"""
@@ -266,8 +264,11 @@ class Classification(Task):
         labelled = [example for example in examples if example.label >= 0]
         if not labelled:
             raise ValueError(f"{self.name}: the {split} set in {language} has no example")
-        found = self.predictions(model, tokenizer, labelled)
-        right = sum(label == example.label for label, example in zip(found, labelled))
+        right = 0
+        for batch in evaluated(self, model, tokenizer, labelled):
+            with inference_context(batch["ids"].device):
+                best = self.logits(model, batch).argmax(1)                   # (B,)
+            right += int((best == batch["ids"]).sum())
         return {"n": len(labelled), "chance": 100 / self.classes,
                 "accuracy": 100 * right / len(labelled),
                 "accuracy_all_lines": 100 * right / len(examples)}
