@@ -253,7 +253,8 @@ class Options(NamedTuple):
 
 def fuse_pairs(model, a, b, masked, negatives, condition=True):
     """True pairs, pairs with a negative a, pairs with a negative b, and the masked sentences go
-    through the fusion encoder as ONE batch of 4B query sequences over B views.
+    through the fusion encoder as ONE batch of 4B query sequences over B views. masked: MaskedText;
+    None: the 3B pairs alone (retrieval fine-tuning masks nothing).
 
     Returns first-token states (3B, D) in that order, and the states of masked tokens (M, D)."""
     B = len(b.starts) - 1
@@ -262,21 +263,25 @@ def fuse_pairs(model, a, b, masked, negatives, condition=True):
     negative_a = negatives[0].clamp(min=0)       # -1: fused with item 0, but matching_loss leaves
     negative_b = negatives[1].clamp(min=0)       # the pair out
 
-    # 1. The texts: b's are numbered 0..B-1, the masked ones B..2B-1.
-    starts = torch.cat([b.starts, b.starts[1:] + b.starts[-1]])          # (2B+1,)
-    texts = View(torch.cat([b.states, masked.states]), starts, None, None)         # (2T, D)
+    # 1. The pairs: which text each query sequence is, which view it reads, and where its first
+    #    token is, which the match head wants.
+    texts = b
+    query_text = torch.cat([items, items, negative_b])                   # (3B,)
+    query_view = torch.cat([items, negative_a, items])                   # (3B,)
+    query_starts = offsets(b.starts.diff()[query_text]).long()           # (3B+1,)
+    positions = query_starts[:-1]                                        # (3B,)
 
-    # 2. Which text each query sequence is, and which view it reads.
-    nothing = torch.full_like(everyone, -1)
-    query_text = torch.cat([items, items, negative_b, everyone + B])     # (4B,)
-    query_view = torch.cat([items, negative_a, items, everyone if condition else nothing])
+    # 2. The masked sentences are texts B..2B-1. Their rows come after those of the pairs.
+    if masked is not None:
+        starts = torch.cat([b.starts, b.starts[1:] + b.starts[-1]])      # (2B+1,)
+        texts = View(torch.cat([b.states, masked.states]), starts, None, None)     # (2T, D)
+        view = everyone if condition else torch.full_like(everyone, -1)  # -1: nothing
+        query_text = torch.cat([query_text, everyone + B])               # (4B,)
+        query_view = torch.cat([query_view, view])                       # (4B,)
+        positions = torch.cat([positions, masked.positions + query_starts[-1]])
 
-    # 3. Which of their tokens are wanted: the first of each pair, then the masked ones.
-    query_starts = offsets(starts.diff()[query_text]).long()             # (4B+1,)
-    pairs = 3 * len(items)
-    positions = torch.cat([query_starts[:pairs], masked.positions + query_starts[pairs]])
     fused = model.fuse(texts, a, query_text, query_view, positions)      # (3B + M, D)
-    return fused[:pairs], fused[pairs:]
+    return fused[:3 * len(items)], fused[3 * len(items):]
 
 
 def cross_view(model, a, b, masked, seed, negatives=None, options=Options()):
@@ -284,7 +289,7 @@ def cross_view(model, a, b, masked, seed, negatives=None, options=Options()):
 
     model      anything with fuse(), itm_head, mlm_head and temperature (CCLM)
     a, b       Views; b is text. a.ids say which items are the same thing; b.ids are not read
-    masked     MaskedText
+    masked     MaskedText; None: nothing is masked, and there is no "mask"
     seed       int, for the draw of hard negatives
     negatives  None: drawn here; or (negative_a (B,), negative_b (B,)), -1 = none
     Returns {"contrast", "match", "mask"} and their weighted sum "loss", scalars with gradients."""
@@ -297,8 +302,9 @@ def cross_view(model, a, b, masked, seed, negatives=None, options=Options()):
     losses = {
         "contrast": contrastive_loss(a, b, model.temperature, options.same),
         "match": matching_loss(model.itm_head, pairs, negatives),
-        "mask": masked_lm_loss(model.mlm_head, masked_states, masked.labels),
     }
+    if masked is not None:
+        losses["mask"] = masked_lm_loss(model.mlm_head, masked_states, masked.labels)
     losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
     return losses
 

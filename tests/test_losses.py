@@ -176,3 +176,23 @@ def test_masked_lm_loss_goes_backward_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_without_masked_text_the_other_losses_and_their_gradients_are_the_same():
+    """Retrieval fine-tuning masks nothing: its 3B pairs give what they give beside the B masked sentences."""
+    model = make()
+    images, words, starts, masked, rows, ids = example(model)
+    states = model.encode_text(masked, starts, ids).states
+    found = []
+    for hidden in (MaskedText(states, rows, words[rows]), None):
+        a, b = model.encode_image(images, ids), model.encode_text(words, starts, ids)
+        got = cross_view(model, a, b, hidden, 0)
+        (got["contrast"] + got["match"]).backward()
+        found.append((got, [p.grad for p in model.parameters() if p.grad is not None]))
+        model.zero_grad()
+    (whole, wanted), (pairs, gradients) = found
+    assert "mask" in whole and list(pairs) == ["contrast", "match", "loss"]
+    for name in ("contrast", "match"):
+        torch.testing.assert_close(pairs[name], whole[name], rtol=1e-12, atol=0)
+    assert pairs["loss"] == pairs["contrast"] + pairs["match"]
+    torch.testing.assert_close(gradients, [g for g in wanted if g.any()], rtol=1e-9, atol=1e-15)
