@@ -162,7 +162,8 @@ class Task:
     demo_recipe = DEMO_RECIPE
     image_size = 384                    # pixels, as published
     validation = ("accuracy",)          # keys of scores(); their mean chooses the checkpoint
-    published = {}                      # {regime: {model: [averages in the paper]}}
+    published = {}                      # {regime: {model: number or tuple of them}}
+    published_as = "mean of the languages but en"    # what these numbers are
     columns = {}                        # {key of scores(): head of its column}
 
     def __init__(self, root, image_root):
