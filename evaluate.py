@@ -65,7 +65,7 @@ FALSE_COLUMNS = {"false_caption_accuracy_cosine": "cosine", "false_caption_accur
 TEST_SETS = ("test_style", "test_concept", "test_scenes")
 SENTENCE_TOKENS = 80                    # a longer caption or query is cut, <s> and </s> included
 BATCH = 256                             # at most so many images or texts, and queries, at once
-ROWS = 1 << 14                          # about so many tokens are encoded or fused at once
+ROWS = 1 << 13                          # about so many tokens are encoded or fused at once
 STATES = 640 << 20                      # bytes of token states that are kept
 SMALL = 2000                            # images that a validation keeps, resized
 LOG_ODDS_WEIGHT = 0.25                  # of the match head's log-odds in re-ranking
@@ -158,13 +158,16 @@ def encoded(device, encode, *inputs):
         return view._replace(states=in_autocast_type(view.states))
 
 
+def image_tokens(config):
+    """P: patches of an image, and one more."""
+    return (config.image_size // config.patch_size) ** 2 + 1
+
+
 def image_batches(model, images):
     """An iterator of Pillow images, of which each is resized before the next is read -> a View of
     every B of them."""
-    config = model.config
-    tokens = (config.image_size // config.patch_size) ** 2 + 1               # P
-    B = min(BATCH, max(1, ROWS // tokens))
-    small = (eval_transform(image, config.image_size) for image in images)
+    B = min(BATCH, max(1, ROWS // image_tokens(model.config)))
+    small = (eval_transform(image, model.config.image_size) for image in images)
     while part := list(itertools.islice(small, B)):
         pixels = torch.from_numpy(np.stack(part)).to(model.temperature.device)     # (B, 3, s, s)
         yield encoded(pixels.device, model.encode_image, normalise(pixels))
@@ -182,21 +185,26 @@ class Encoded:
     """Vectors of all of some images or texts; their token states too, where these take no more than
     STATES bytes. Else those that re-ranking asks for are made again."""
 
-    def __init__(self, views, again):
-        """views: of all, a batch at a time; again: numbers of some -> their Views likewise."""
-        # Of a set that is too large all states are dropped: the vectors alone are small, 1 KB each.
+    def __init__(self, views, tokens, again):
+        """views: of all, a batch at a time; tokens: at most so many have all together; again:
+        numbers of some -> their Views likewise."""
+        # Of a set that is too large no states are kept: the vectors alone are small, 1 KB each.
         vectors = []
         lengths = []
-        kept = []
-        room = STATES
+        states = None
+        end = 0
         for view in views:
             vectors.append(view.vectors)
             lengths.append(view.starts.diff())
-            room -= view.states.nbytes
-            kept = [*kept, view] if room >= 0 else []
+            if states is None:
+                kept = tokens * view.states[0].nbytes <= STATES
+                states = view.states.new_empty(tokens if kept else 0, view.states.shape[1])
+            if kept:
+                states[end:end + len(view.states)] = view.states             # (T, D)
+                end += len(view.states)
         self.vectors = torch.cat(vectors) if vectors else None               # (I, E)
         self.lengths = torch.cat(lengths) if lengths else None               # (I,), in tokens
-        self.view = join(kept) if kept else None
+        self.view = View(states[:end], offsets(self.lengths), None, None) if end else None
         self.again = again
 
     def select(self, index):
@@ -213,6 +221,7 @@ def encode_images(model, rows, bad):
     """-> (rows whose image can be read, these images Encoded)."""
     good = []
     images = Encoded(image_batches(model, readable(read_image, rows, good, bad)),
+                     len(rows) * image_tokens(model.config),
                      lambda index: image_batches(model, (read_image(good[i]) for i in index)))
     return good, images
 
@@ -225,9 +234,11 @@ def longest_text(model):
 def encode_texts(model, tokenizer, texts):
     """n texts -> the U different ones Encoded, and each text's place among them (n,)."""
     token_ids = [tuple(tokenizer.encode(text, longest_text(model))) for text in texts]
-    different = sorted(set(token_ids), key=lambda ids: (len(ids), ids))      # a batch: like lengths
+    # Like lengths in a batch, and the longest first: later batches fit into the memory of earlier
+    # ones. (Shortest first, each would need a little more than was freed.)
+    different = sorted(set(token_ids), key=lambda ids: (-len(ids), ids))
     place = {ids: i for i, ids in enumerate(different)}
-    encoded = Encoded(text_batches(model, different),
+    encoded = Encoded(text_batches(model, different), sum(map(len, different)),
                       lambda index: text_batches(model, [different[i] for i in index]))
     return encoded, torch.tensor([place[ids] for ids in token_ids], device=encoded.vectors.device)
 

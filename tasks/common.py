@@ -129,8 +129,9 @@ def read_text(path, source):
 
 
 def read_json(path, source):
+    text = read_text(path, source)
     try:
-        return json.loads(read_text(path, source))
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
 
