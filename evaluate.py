@@ -15,8 +15,8 @@ that the cosine does NOT know: they correct the cosine and do not replace it. (T
 of 1/4, 1/2, 1 and 2 the weight 1/4 was best on the demo's val splits.) Ties never help: a wrong
 answer that scores like the right one, or NaN, ranks before it.
 
-Memory does not grow with images x texts: BATCH images are read and BATCH queries are ranked at a
-time. Token states beyond STATES bytes are not kept: re-ranking makes them again.
+Memory does not grow with images x texts: about ROWS tokens are encoded or fused, and BATCH queries
+are ranked, at a time. Token states beyond STATES bytes are not kept: re-ranking makes them again.
 
 Letters: I images, n captions of one language, U different texts, Q queries, b of them in a block, C
 candidates, K of them re-ranked, R pairs of a text and an image, B sequences, T tokens, M masked
@@ -50,8 +50,9 @@ from formats.records import BadRecord
 from formats.sources import ImageFiles, open_readers, parse_all, row_of
 from kernels.packed import gather_sequences, offsets
 from losses import MaskedText, cross_view, fuse_pairs, hard_negatives
-from model import View, inference_context
+from model import View, at_least_float32, in_autocast_type, inference_context
 from tasks import TASKS
+from tasks.retrieval import Retrieval
 from weights import load_model
 
 GROUPS = {"seen": "seen with images", "text_only": "only in parallel text",
@@ -63,10 +64,10 @@ COLUMNS = {"chance_r1": "chance", "{}_r1": "R@1", "{}_r1_equal": "equal",
 FALSE_COLUMNS = {"false_caption_accuracy_cosine": "cosine", "false_caption_accuracy": "re-ranked",
                  "false_caption_accuracy_match": "by match"}
 TEST_SETS = ("test_style", "test_concept", "test_scenes")
-SENTENCE_TOKENS = 64                    # a longer caption or query is cut, <s> and </s> included
-BATCH = 256                             # images or texts encoded, or queries ranked, at once
-PAIRS = 2048                            # pairs that the fusion encoder reads at once
-STATES = 1 << 29                        # bytes of token states that are kept
+SENTENCE_TOKENS = 80                    # a longer caption or query is cut, <s> and </s> included
+BATCH = 256                             # at most so many images or texts, and queries, at once
+ROWS = 1 << 13                          # about so many tokens are encoded or fused at once
+STATES = 640 << 20                      # bytes of token states that are kept
 SMALL = 2000                            # images that a validation keeps, resized
 LOG_ODDS_WEIGHT = 0.25                  # of the match head's log-odds in re-ranking
 
@@ -144,22 +145,33 @@ def load(path, device="cpu"):
 
 
 def join(views):
-    """Concatenates Views into one packed View. On CUDA its states take half the memory: under
-    autocast encoders return float32, which the fusion encoder does not need."""
-    dtype = torch.bfloat16 if views[0].states.is_cuda else views[0].states.dtype
-    states = torch.cat([view.states.to(dtype) for view in views])            # (T, D)
+    """Concatenates Views into one packed View."""
+    states = torch.cat([view.states for view in views])                      # (T, D)
     starts = offsets(torch.cat([view.starts.diff() for view in views]))      # (I+1,)
     return View(states, starts, torch.cat([view.vectors for view in views]), None)
 
 
+def encoded(device, encode, *inputs):
+    """One batch of an encoder -> its View. Its states are in the type of autocast: they are many,
+    and the fusion encoder multiplies them in this type anyway."""
+    with inference_context(device):
+        view = encode(*inputs, None)
+        return view._replace(states=in_autocast_type(view.states))
+
+
+def image_tokens(config):
+    """P: patches of an image, and one more."""
+    return (config.image_size // config.patch_size) ** 2 + 1
+
+
 def image_batches(model, images):
     """An iterator of Pillow images, of which each is resized before the next is read -> a View of
-    every BATCH of them."""
+    every B of them."""
+    B = min(BATCH, max(1, ROWS // image_tokens(model.config)))
     small = (eval_transform(image, model.config.image_size) for image in images)
-    while part := list(itertools.islice(small, BATCH)):
+    while part := list(itertools.islice(small, B)):
         pixels = torch.from_numpy(np.stack(part)).to(model.temperature.device)     # (B, 3, s, s)
-        with inference_context(pixels.device):
-            yield model.encode_image(normalise(pixels), None)
+        yield encoded(pixels.device, model.encode_image, normalise(pixels))
 
 
 def text_batches(model, token_ids):
@@ -167,40 +179,50 @@ def text_batches(model, token_ids):
     device = model.temperature.device
     for first in range(0, len(token_ids), BATCH):
         packed, starts = data.pack(token_ids[first:first + BATCH])           # (T,), (B+1,)
-        with inference_context(device):
-            yield model.encode_text(packed.to(device), starts.to(device), None)
+        yield encoded(device, model.encode_text, packed.to(device), starts.to(device))
 
 
 class Encoded:
     """Vectors of all of some images or texts; their token states too, where these take no more than
     STATES bytes. Else those that re-ranking asks for are made again."""
 
-    def __init__(self, views, again):
-        """views: of all, a batch at a time; again: numbers of some -> their Views likewise."""
-        # Of a set that is too large all states are dropped: the vectors alone are small, 1 KB each.
+    def __init__(self, views, tokens, again):
+        """views: of all, a batch at a time; tokens: at most so many have all together; again:
+        numbers of some -> their Views likewise."""
+        # Of a set that is too large no states are kept: the vectors alone are small, 1 KB each.
         vectors = []
-        kept = []
-        room = STATES
+        lengths = []
+        states = None
+        end = 0
         for view in views:
             vectors.append(view.vectors)
-            room -= view.states.nbytes
-            kept = [*kept, view] if room >= 0 else []
+            lengths.append(view.starts.diff())
+            if states is None:
+                kept = tokens * view.states[0].nbytes <= STATES
+                states = view.states.new_empty(tokens if kept else 0, view.states.shape[1])
+            if kept:
+                states[end:end + len(view.states)] = view.states             # (T, D)
+                end += len(view.states)
         self.vectors = torch.cat(vectors) if vectors else None               # (I, E)
-        self.view = join(kept) if kept else None
+        self.lengths = torch.cat(lengths) if lengths else None               # (I,), in tokens
+        self.view = View(states[:end], offsets(self.lengths), None, None) if end else None
         self.again = again
 
     def select(self, index):
         """Those of the numbers `index` (ascending) as one packed View."""
         if not self.view:
-            return join(list(self.again(index.tolist())))
-        rows, starts = gather_sequences(self.view.starts, index)
-        return View(self.view.states[rows], starts, self.vectors[index], None)   # (T, D) -> (T', D)
+            view = join(list(self.again(index.tolist())))
+        else:
+            rows, starts = gather_sequences(self.view.starts, index)
+            view = View(self.view.states[rows], starts, self.vectors[index], None)   # (T', D)
+        return view._replace(states=at_least_float32(view.states))
 
 
 def encode_images(model, rows, bad):
     """-> (rows whose image can be read, these images Encoded)."""
     good = []
     images = Encoded(image_batches(model, readable(read_image, rows, good, bad)),
+                     len(rows) * image_tokens(model.config),
                      lambda index: image_batches(model, (read_image(good[i]) for i in index)))
     return good, images
 
@@ -213,9 +235,11 @@ def longest_text(model):
 def encode_texts(model, tokenizer, texts):
     """n texts -> the U different ones Encoded, and each text's place among them (n,)."""
     token_ids = [tuple(tokenizer.encode(text, longest_text(model))) for text in texts]
-    different = sorted(set(token_ids), key=lambda ids: (len(ids), ids))      # a batch: like lengths
+    # Like lengths in a batch, and the longest first: later batches fit into the memory of earlier
+    # ones. (Shortest first, each would need a little more than was freed.)
+    different = sorted(set(token_ids), key=lambda ids: (-len(ids), ids))
     place = {ids: i for i, ids in enumerate(different)}
-    encoded = Encoded(text_batches(model, different),
+    encoded = Encoded(text_batches(model, different), sum(map(len, different)),
                       lambda index: text_batches(model, [different[i] for i in index]))
     return encoded, torch.tensor([place[ids] for ids in token_ids], device=encoded.vectors.device)
 
@@ -328,6 +352,15 @@ def recalls(direction, found):
     return result
 
 
+def mean_recalls(result):
+    """The mean of R@1, R@5 and R@10 of both directions, of each order: what the paper reports for
+    Multi30K and COCO -> {"matched_mean_recall": %, ...}"""
+    prefixes = [key.removesuffix("t2i_r1") for key in result if key.endswith("t2i_r1")]
+    keys = [f"{direction}_r{k}" for direction in ("t2i", "i2t") for k in (1, 5, 10)]
+    return {f"{prefix}mean_recall": fmean(result[prefix + key] for key in keys)
+            for prefix in prefixes}
+
+
 def new_names(rows, language, trained):
     """Which captions does no other training language share, in any case? -> list of n bool."""
     new = []
@@ -345,8 +378,11 @@ def match_logits(model, texts, images, text, image):
     # of images: a batch has few different ones, and projects each of them once.
     U = len(texts.vectors)
     pairs, inverse = (image * U + text).unique(return_inverse=True)          # (R',), (R,)
+    # A batch ends where the tokens of all pairs up to there pass a multiple of ROWS.
+    number = texts.lengths[pairs % U].cumsum(0) // ROWS                      # (R',): which batch
+    sizes = number.unique_consecutive(return_counts=True)[1]
     logits = []
-    for batch in bar(pairs.split(PAIRS), "pairs"):
+    for batch in bar(pairs.split(sizes.tolist()), "pairs"):
         # Only the batch's different texts and images are packed. Query sequence i is a copy of
         # text query_text[i] and reads image query_view[i].
         text, query_text = (batch % U).unique(return_inverse=True)
@@ -354,10 +390,10 @@ def match_logits(model, texts, images, text, image):
         few_texts = texts.select(text)
         few_images = images.select(image)
         # The head reads the first token of each query sequence.
-        first = offsets(few_texts.starts.diff()[query_text])[:-1].long()     # (PAIRS,)
+        first = offsets(few_texts.starts.diff()[query_text])[:-1].long()     # (pairs,)
         with inference_context(pairs.device):
             states = model.fuse(few_texts, few_images, query_text, query_view, first)
-            logits.append(model.itm_head(states).float())                    # (PAIRS, D) -> (.., 2)
+            logits.append(model.itm_head(states).float())                    # (pairs, D) -> (.., 2)
     return torch.cat(logits)[inverse]                                        # (R', 2) -> (R, 2)
 
 
@@ -417,6 +453,7 @@ def language_scores(model, tokenizer, rows, images, language, K, trained):
     result = {"images": count, "n": len(captions.place), "chance_r1": 100 / count}
     for direction in found:
         result |= recalls(direction, found[direction])
+    result |= mean_recalls(result)
     new = torch.tensor(new_names(rows, language, trained), device=captions.place.device)     # (n,)
     if trained and new.any():
         result["new_n"] = int(new.sum())
@@ -426,9 +463,15 @@ def language_scores(model, tokenizer, rows, images, language, K, trained):
     return result
 
 
+def retrieval(*arguments, **options):
+    """As each_language -> {language: {key of results.json: %}}"""
+    return dict(each_language(*arguments, **options))
+
+
 @torch.inference_mode()
-def retrieval(model, tokenizer, rows, languages=None, rerank=16, trained=(), common=False):
-    """rows of evaluation_set -> {language: {key of results.json: %}}, with n captions and images.
+def each_language(model, tokenizer, rows, languages=None, rerank=16, trained=(), common=False):
+    """rows of evaluation_set -> yields (language, {key of results.json: %}), with n captions and
+    images. The images are encoded once.
 
     Candidates are the images with a caption in the language; with common, those with a caption in
     all of `languages` (None: all that occur). rerank: K, 0 for none. trained: the languages of
@@ -449,8 +492,8 @@ def retrieval(model, tokenizer, rows, languages=None, rerank=16, trained=(), com
         good, images = encode_images(model.eval(), bar(rows, "images"), bad)
         report_bad(bad, len(rows))
         languages = [k for k in languages if any(row["captions"].get(k) for row in good)]
-        return {k: language_scores(model, tokenizer, good, images, k, rerank, trained)
-                for k in bar(languages, "languages")}
+        for k in bar(languages, "languages"):
+            yield k, language_scores(model, tokenizer, good, images, k, rerank, trained)
     finally:
         model.train(training)
 
@@ -541,10 +584,15 @@ def print_table(report):
 @torch.inference_mode()
 def task_scores(task, model, tokenizer, split, languages, translated=False):
     """Yields (language, {key: number}) of a benchmark (tasks/). split: "val" or "test"."""
+    if isinstance(task, Retrieval):
+        rows = task.rows(split, *languages, translated=translated)
+        K = task.k if split == "test" else task.validation_k
+        yield from each_language(model, tokenizer, rows, languages, K)
+        return
     training = model.training
     model.eval()
     try:
-        for language in languages:
+        for language in bar(languages, "languages"):
             yield language, task.scores(model, tokenizer, split, language, translated)
     finally:
         model.train(training)
@@ -565,7 +613,7 @@ def print_task(task, report):
     print_columns(f"{task.name}, %", lines, task.columns)
     for regime, rows in task.published.items():
         shown = ", ".join(f"{model} {value}" for model, value in rows.items())
-        print(f"published, {regime}, mean of the languages but en: {shown}")
+        print(f"published, {regime}, {task.published_as}: {shown}")
 
 
 # --------------------------------------------------------------------------------------------------

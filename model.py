@@ -255,8 +255,9 @@ def in_autocast_type(x):
 
 def relative_index(grid):
     """Row of BEiT's relative table for every pair of tokens, (P, P) int64: the class token, then
-    grid x grid patches row by row. Numbered as in the official BEiT (modeling_finetune.py)."""
-    patch = torch.arange(grid ** 2)
+    grid x grid patches row by row. Numbered as in the official BEiT (modeling_finetune.py). On the
+    CPU also in a model that is made on the device "meta": no file holds it."""
+    patch = torch.arange(grid ** 2, device="cpu")
     y = patch // grid                                                    # (P-1,) row of a patch
     x = patch % grid                                                     # (P-1,) and its column
     # Two patches are between -(grid - 1) and grid - 1 apart in each direction: 2 grid - 1 values,
@@ -264,7 +265,7 @@ def relative_index(grid):
     side = 2 * grid - 1
     down = y[:, None] - y + grid - 1                                     # (P-1, P-1)
     right = x[:, None] - x + grid - 1                                    # (P-1, P-1)
-    index = torch.empty(grid ** 2 + 1, grid ** 2 + 1, dtype=torch.long)
+    index = torch.empty(grid ** 2 + 1, grid ** 2 + 1, dtype=torch.long, device="cpu")
     index[1:, 1:] = down * side + right
     # The last three rows of the table are for pairs with the class token, which is nowhere.
     index[0, :] = side ** 2                                              # class token -> patch

@@ -132,8 +132,9 @@ def read_text(path, source):
 
 
 def read_json(path, source):
+    text = read_text(path, source)
     try:
-        return json.loads(read_text(path, source))
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
 
@@ -165,7 +166,8 @@ class Task:
     demo_recipe = DEMO_RECIPE
     image_size = 384                    # pixels, as published
     validation = ("accuracy",)          # keys of scores(); their mean chooses the checkpoint
-    published = {}                      # {regime: {model: [averages in the paper]}}
+    published = {}                      # {regime: {model: number or tuple of them}}
+    published_as = "mean of the languages but en"    # what these numbers are
     columns = {}                        # {key of scores(): head of its column}
 
     def __init__(self, root, image_root):

@@ -11,7 +11,6 @@ import torch
 
 import data
 import evaluate
-import model as models
 from formats import images
 from demo import emoji
 from model import CCLM, PRESETS
@@ -22,7 +21,7 @@ LANGUAGES = ["en", "de", "hi"]
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
     """What is compared with a reference is computed in float32 on every machine."""
-    monkeypatch.setattr(models, "training_dtype", lambda device: (torch.float32, "tests compare"))
+    monkeypatch.setattr("model.training_dtype", lambda device: (torch.float32, "tests compare"))
 
 
 def make(tokenizer, **changes):     # a tiny model whose match head has an opinion
@@ -87,7 +86,7 @@ def test_match_logits_of_a_pack_equal_those_of_single_pairs(tokenizer, rows, lay
     """Also where no token states are kept but made again for each batch of pairs."""
     monkeypatch.setattr(evaluate, "BATCH", batch)
     monkeypatch.setattr(evaluate, "STATES", states)
-    monkeypatch.setattr(evaluate, "PAIRS", batch)
+    monkeypatch.setattr(evaluate, "ROWS", 10 * batch)
     model = make(tokenizer, fusion_layers=layers)
     texts = [text for row in rows for captions in row["captions"].values() for text in captions]
     with torch.inference_mode():
@@ -270,7 +269,7 @@ def test_languages_are_grouped_by_their_role_in_training_and_each_has_its_chance
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_evaluation_multiplies_in_the_type_of_training(dtype, monkeypatch):
-    monkeypatch.setattr(models, "training_dtype", lambda device: (dtype, "the test says so"))
+    monkeypatch.setattr("model.training_dtype", lambda device: (dtype, "the test says so"))
     with torch.autocast("cpu", torch.bfloat16), evaluate.inference_context(torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 

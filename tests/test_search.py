@@ -70,7 +70,7 @@ def test_a_query_longer_than_the_model_reads_is_cut_and_told(checkpoint, folder,
     assert search.main(["--ckpt", str(checkpoint), "--images", str(folder), "--html", f"{folder}/g.html",
                         "dog " * 99, "dog"]) == 0
     out = capsys.readouterr().out
-    assert out.count("(cut at 64 tokens)") == 1 and "(cut at 64 tokens)" in (folder / "g.html").read_text()
+    assert out.count("(cut at 80 tokens)") == 1 and "(cut at 80 tokens)" in (folder / "g.html").read_text()
 
 
 def test_pictures_deeper_inside_and_those_of_training_data_are_searched(checkpoint, tmp_path, capsys):

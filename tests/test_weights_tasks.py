@@ -65,7 +65,7 @@ def test_a_fine_tuned_official_model_gives_the_official_numbers(imported_task, m
              "b": data.Sentences(*pack(text["text_ids"][:n], text["text_atts"][:n]))}
     monkeypatch.setattr(common, "normalise", lambda pixels: pixels)          # these are
     assert error(task.logits(model, batch), expected["logits"]) < 1e-5
-    loss = task.losses(model, batch, seed=0)["answer"]
+    loss = task.losses(model, batch, 0, None)["answer"]
     assert error(loss, expected["loss"]) < 1e-5
     loss.backward()
     errors = gradient_errors(model, file, expected, torch.float32)

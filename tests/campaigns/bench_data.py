@@ -8,6 +8,10 @@
                                                                over so many
     python tests/campaigns/bench_data.py retrieval [--small 5000]  peak memory of evaluate.py retrieval over 1,500 images of 100 x 75
                                                                pixels, and over so many; 400 KB of token states each
+    python tests/campaigns/bench_data.py base [--layers 12] [--rerank 1]  peak memory of evaluate.py retrieval at base width and 64
+                                                               pixels: 5,000 images with 25,000 captions
+    python tests/campaigns/bench_data.py rerank [--layers 6]   CPU seconds of re-ranking both directions at base size, and of the
+                                                               padded loop over queries on the same work
 """
 import argparse
 import io
@@ -174,11 +178,11 @@ def bench_memory(args):
                                         for p, size in results[name].items()) + f", {seconds:.0f} s", flush=True)
 
 
-def write_checkpoint(path, **changes):
+def write_checkpoint(path, preset="demo", **changes):
     import dataclasses
     from model import CCLM, PRESETS
     tokenizer = data.demo_tokenizer(4000)
-    config = dataclasses.replace(PRESETS["demo"], vocabulary=tokenizer.size, **changes)
+    config = dataclasses.replace(PRESETS[preset], **{"vocabulary": tokenizer.size} | changes)
     torch.save({"model": CCLM(config).state_dict(), "step": 1, "tokenizer": tokenizer.model,
                 "config": {"model": dataclasses.asdict(config), "train": {}}}, path)
 
@@ -207,6 +211,25 @@ def bench_retrieval(args):
                         folder / "ckpt.pt", "--data", folder / f"{count}.tar", "--rerank", K)
 
 
+def bench_base(args):
+    """The captions are all different. With fewer layers it is quicker: a layer of each of the three parts is 90 MB."""
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        folder, draw = pathlib.Path(folder), random.Random(0)
+        pieces = data.demo_tokenizer(4000).pieces(range(4000))               # as many tokens as XLM-R makes of a caption
+        words = [piece[1:] for piece in pieces if piece[0] == "\u2581" and piece[1:].isalpha()]
+        write_checkpoint(folder / "ckpt.pt", "base", vocabulary=250002, image_size=64, vision_layers=args.layers,
+                         text_layers=args.layers, fusion_layers=(args.layers + 1) // 2)
+        for i in range(100):
+            (folder / f"{i}.jpg").write_bytes(picture(i, 64, 64))
+        with open(folder / "a.jsonl", "w") as file:
+            for i in range(args.small):
+                said = [" ".join(draw.choices(words, k=11)) for _ in range(5)]
+                file.write(json.dumps({"image": f"{i % 100}.jpg", "captions": {"en": said}}) + "\n")
+        peak_of("evaluate", f"retrieval --rerank {args.rerank} over {args.small:,} images, {5 * args.small:,} captions, base width, "
+                f"{args.layers} layers", "retrieval", "--ckpt", folder / "ckpt.pt", "--data", folder / "a.jsonl", "--rerank",
+                str(args.rerank))
+
+
 def bench_search(args):
     """The JPEGs are links to twenty: what counts is how many are decoded."""
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
@@ -224,7 +247,7 @@ def bench_search(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["index", "images", "memory", "search", "retrieval"])
+    parser.add_argument("what", choices=["index", "images", "memory", "search", "retrieval", "base", "rerank"])
     parser.add_argument("--dir", help="where large files may lie")
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--count", type=int, default=300)
@@ -234,8 +257,10 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", type=int, default=1_000_000)
     parser.add_argument("--photographs", type=int, default=200)
     parser.add_argument("--small", type=int, default=5000)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rerank", type=int, default=1)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"                                      # of the runs of train.py
     torch.set_num_threads(1)                                                 # as in a worker of the DataLoader
     {"index": bench_index, "images": bench_images, "memory": bench_memory, "search": bench_search,
-     "retrieval": bench_retrieval}[args.what](args)
+     "retrieval": bench_retrieval, "base": bench_base, "rerank": None}[args.what](args)
