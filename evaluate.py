@@ -511,7 +511,8 @@ def group_means(scores, languages):
 
 
 def means_of(scores):
-    """[{key: %}] of some languages -> {key: mean over those that have it}, "languages": how many."""
+    """[{key: %}] of some languages -> {key: mean over those that have it}, and how many "languages"
+    these are."""
     means = {"languages": len(scores)}
     for key in dict.fromkeys(itertools.chain(*scores)):
         means[key] = fmean(x[key] for x in scores if key in x)
@@ -584,6 +585,7 @@ def print_table(report):
 @torch.inference_mode()
 def task_scores(task, model, tokenizer, split, languages, translated=False):
     """Yields (language, {key: number}) of a benchmark (tasks/). split: "val" or "test"."""
+    # Languages share pictures: these are encoded once for all of them.
     if isinstance(task, Retrieval):
         rows = task.rows(split, *languages, translated=translated)
         K = task.k if split == "test" else task.validation_k
@@ -774,6 +776,7 @@ def done_before(partial, of):
 
 
 def task_command(args, device):
+    """`evaluate.py xvnli ...`: one benchmark's test sets, by language."""
     task = TASKS[args.task](args.data, args.image_root)
     model, state = load_model(args.ckpt, task)
     tokenizer = data.Tokenizer(state["tokenizer"])

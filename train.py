@@ -31,8 +31,9 @@ Resume, the policy:
   7. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and a closed stdout (| head) save at the step at hand and end
      the run. A second Ctrl-C ends it at once. Two runs never write into one OUT.
 
-Fine-tuning on a benchmark (tasks/) is the same loop with another objective. It validates on English
-and keeps the best weights in OUT/best.pt, on which it is tested; --few_shot ar,48 goes on from there.
+Fine-tuning on a benchmark (tasks/) is the same loop with another objective. It validates on
+English, keeps the best weights in OUT/best.pt, and tests these. --init best.pt --few_shot ar,48
+goes on with few examples in another language.
 
 The file in its order: flags and recipe; the objectives (what a step minimises and what a run is
 judged by); one step; checkpoint and log; the run from start to finish. To read the training alone:
@@ -100,7 +101,7 @@ from weights import starting_point
 FREE = {"out", "stop_after", "save_every", "validate_every", "log_every", "keep", "fresh", "eval",
         "explain", "workers", "processes", "cache", "image_root", "val", "max_bad", "compile",
         "checkpointing", "chunk"}
-PATHS = {"images", "texts", "tokenizer", "init", "data"}                # of these the last names must agree
+PATHS = {"images", "texts", "tokenizer", "init", "data"}        # of these the last names must agree
 LOSSES = ("contrast", "match", "mask")
 RECALLS = ("t2i_r1", "i2t_r1")                                  # of a validation
 ON_OFF = argparse.BooleanOptionalAction
@@ -114,6 +115,7 @@ def settings(argv=None):
     """The command line -> argparse.Namespace. The preset's recipe gives the defaults."""
     # --preset is read first, by a parser that overlooks everything else: the defaults of the other
     # flags, which --help shows too, are those of its recipe.
+    # A task changes some of them.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "task", "init"):
         first.add_argument(f"--{name}")
@@ -204,7 +206,8 @@ def add_model_flags(flag):
 
 
 # Smallest and largest value of a flag; all other numbers must be at least 0.
-LIMITS = {"seed": (0, 2 ** 40), "epochs": (1e-3, 1e6), "mask_probability": (0, 1), "keywords": (0, 1), "max_bad": (0, 1),
+LIMITS = {"seed": (0, 2 ** 40), "epochs": (1e-3, 1e6), "mask_probability": (0, 1),
+          "keywords": (0, 1), "max_bad": (0, 1),
           "dropout": (0, 0.999), "lr": (1e-12, 1e6), "clip": (1e-12, 1e12),
           "caption_tokens": (3, math.inf), "sentence_tokens": (3, math.inf), "workers": (-1, 64)}
 for name in ("steps", "batch", "text_batch", "log_every", "save_every", "chunk", "stop_after"):
@@ -437,6 +440,7 @@ class FineTuning(nn.Module):
 
     def forward(self, batch, text, seed):
         """A step's batch -> loss, {name: number to log}. text: None, there is no second stream."""
+        # As in pre-training: retrieval divides by it.
         with torch.no_grad():
             self.model.temperature.clamp_(0.001, 0.5)
         losses = self.task.losses(self.model, batch, seed, self.tokenizer)
@@ -831,7 +835,9 @@ def precision(objective, device):
 
 
 def prepare(args, device):
-    """Builds everything that a run needs, new or from the checkpoint in --out -> Run."""
+    """Builds everything that a run needs, new or from the checkpoint in --out -> Run. The checks of
+    the command line come first, then what reads files, then what takes memory: a mistake is told
+    before anybody waited."""
     rank, W = world()
 
     # 0. A benchmark's examples: how many there are decides about the schedule.
@@ -859,6 +865,7 @@ def prepare(args, device):
 
     # 2. Data, and the objective that the loop minimises.
     if task:
+        # Which languages had images is a matter of the pre-training.
         languages = (state or initial(args))["config"].get("languages")
         batches = finetuning_batches(args, model, tokenizer, task, examples)
         objective = FineTuning(model, tokenizer, args, task, languages)
@@ -922,7 +929,8 @@ def initial(args):
 
 
 def set_schedule(args, examples):
-    """The numbers of a fine-tuning that depend on how many examples there are."""
+    """The numbers of a fine-tuning that depend on how many examples there are: an epoch's length is
+    when it validates and saves; a tenth of all steps is its warm-up, as published."""
     epoch = math.ceil(examples / args.batch)
     for name, value in (("steps", math.ceil(args.epochs * epoch)), ("save_every", epoch),
                         ("validate_every", epoch)):
@@ -933,7 +941,8 @@ def set_schedule(args, examples):
 
 
 def training_examples(args, task):
-    """What a fine-tuning trains on: English, --languages, or the file of --few_shot."""
+    """What a fine-tuning trains on: English ("zero-shot" in the paper's tables, since the tests are
+    in other languages), the sets of --languages together, or the file of --few_shot."""
     if not args.few_shot:
         languages = args.languages or ["en"]
         return [example for k in languages for example in task.examples("train", k)]
@@ -1145,6 +1154,7 @@ def validation(run):
     if not run.objective.validation or not every or run.step % every:
         return {}
     scores = run.objective.validate() if world()[0] == 0 else {}
+    # Other processes have no score. They need none: the first one writes.
     score = fmean(scores.values()) if scores else -math.inf
     if run.objective.keeps_best and score > run.best:
         run.best = score
@@ -1169,6 +1179,7 @@ def finish(run):
         return
     # Test sets are read here, at the very end, and nowhere else in training.
     name = "ckpt.pt"
+    # The test is of the weights that the validation chose, not of the last ones.
     if run.objective.keeps_best and best_path(run).exists():
         name = "best.pt"
         state = read_checkpoint(best_path(run), mmap=True)

@@ -278,7 +278,8 @@ def xgqa_block(out, split, block, rng):
     # n concepts of one group and 4 - n of another, how many are there of each?
     a, b = pick(rng, 2, groups(), groups())
     for n in range(5):
-        ids = [*rng.choice(a.members, n, replace=False), *rng.choice(b.members, 4 - n, replace=False)]
+        ids = [*rng.choice(a.members, n, replace=False),
+               *rng.choice(b.members, 4 - n, replace=False)]
         ids = rng.permutation(ids).tolist()
         name = f"{prefix}{8 + n:02}"
         out.picture(ids, split, rng, f"gqa/{name}.jpg")
@@ -312,8 +313,8 @@ def xgqa_files(questions, split, language):
 # --------------------------------------------------------------------------------------------------
 
 def marvl_block(out, split, block, rng):
-    """Three things, three pictures: picture k shows all but thing k. So two pictures share one thing
-    x, and each has one that the other lacks. They are shown in both orders, beside the words for
+    """Three things, three pictures: picture k shows all but thing k. So two pictures share one
+    thing x, and each has one that the other lacks. They are shown in both orders, beside the words for
     x (true) and for the next thing (false).
 
     Half the questions of each pair are true, and half of those of each thing. Who sees one picture

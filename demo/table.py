@@ -32,7 +32,8 @@ FINE_TUNED = ("xvnli", "xgqa", "marvl", "xflickrco", "wit")
 RETRIEVAL = ("xflickrco", "wit")
 # Columns: a title, the file of a run's scores, the task, what of its scores is shown.
 RECALL = {"t2i": "reranked_t2i_r1", "i2t": "reranked_i2t_r1"}
-COLUMNS = [(task, f"{task}/languages.json", task, "accuracy") for task in ("xvnli", "xgqa", "marvl")]
+COLUMNS = [(task, f"{task}/languages.json", task, "accuracy")
+           for task in ("xvnli", "xgqa", "marvl")]
 COLUMNS += [(f"{task} {way}", f"{task}/languages.json", task, key)
             for task in RETRIEVAL for way, key in RECALL.items()]
 COLUMNS += [(f"{task} {way}, zero-shot", f"zero_shot/{task}.json", task, key)

@@ -3,7 +3,7 @@
     xflickrco   IGLUE: 2,000 pictures of Flickr30k and COCO, 8 languages; trained on Flickr30k
     wit         IGLUE: pictures of Wikipedia, 11 languages, each with pictures of its own
     multi30k    Flickr30k with five captions in en and de, one in fr and cs
-    coco        the 1,000 test pictures of the paper in en, zh and ja; coco5k: Karpathy's 5,000 in en
+    coco        the paper's 1,000 test pictures in en, zh and ja; coco5k: Karpathy's 5,000 in en
     xm3600      Crossmodal-3600: 3,600 pictures, 36 languages; only a test set
     xtd         XTD-10: 1,000 pictures of COCO, one caption in 11 languages; only a test set
 

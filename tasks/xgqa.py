@@ -136,7 +136,7 @@ class Decoder(nn.Module):
 
 
 def causal_attention(module, x, path):
-    """A node attends to the nodes on the path to it, itself too: x (N, D), path (N, L+1) -> (N, D)."""
+    """A node attends to the nodes on the path to it, itself too. x (N, D), path (N, L+1) -> (N, D)"""
     q, k, v = module.project(x, module.q, module.k, module.v)            # (N, H, D/H) each
     on_path = (path >= 0)[:, None, None]                                 # (N, 1, 1, L+1)
     rows = path.clamp(min=0)
@@ -153,8 +153,8 @@ def all_log_probabilities(head, x):
 
 
 def log_probabilities(head, x, rows, tokens):
-    """log P(tokens[i]) after the prefix whose state is x[rows[i]]: x (N, D), rows and tokens (R,) ->
-    (R,). Log-probabilities of PIECE prefixes exist at a time."""
+    """log P(tokens[i]) after the prefix whose state is x[rows[i]]. x (N, D), rows and tokens (R,)
+    -> (R,). Log-probabilities of PIECE prefixes exist at a time."""
     found = x.new_empty(len(rows), dtype=torch.promote_types(x.dtype, torch.float32))
     for first in range(0, len(x), PIECE):
         here = ((rows >= first) & (rows < first + PIECE)).nonzero()[:, 0]
@@ -204,8 +204,8 @@ class Questions(Task):
         if split == "train":
             known = [example for example in found if example.label >= 0]
             if len(known) < len(found):
-                print(f"{path}: {len(found) - len(known):,} questions are left out, whose answer is "
-                      f"none of the {len(self.answers):,}", file=sys.stderr)
+                print(f"{path}: {len(found) - len(known):,} questions are left out, whose answer "
+                      f"is none of the {len(self.answers):,}", file=sys.stderr)
             return known
         return found
 

@@ -27,7 +27,9 @@ class Xvnli(Classification):
     with_premise = False
 
     def examples(self, split, language="en", few_shot=None, translated=False):
-        folder = "annotations_machine-translate" if translated and language != "en" else "annotations"
+        folder = "annotations"
+        if translated and language != "en":
+            folder = "annotations_machine-translate"
         stem = {"train": "train", "val": "dev", "test": "test"}[split]
         name = f"{stem}_{few_shot}" if few_shot else stem
         path = self.root / "XVNLI" / folder / language / f"{name}.jsonl"
