@@ -425,7 +425,8 @@ class Pretraining(nn.Module):
 
 
 class FineTuning(nn.Module):
-    """A benchmark as an objective (see Pretraining): its loss, and its score on English."""
+    """A benchmark as an objective (see Pretraining): its loss, and its score on English. The task
+    brings both (tasks/common.py); here they get the form that the loop asks for."""
     keeps_best = True
 
     def __init__(self, model, tokenizer, args, task, languages):
@@ -924,7 +925,8 @@ def new_parameters(args, state):
 
 
 def initial(args):
-    """The checkpoint of --init, or None."""
+    """The checkpoint of --init, or None. Its tensors are not read (mmap), only what stands beside
+    them."""
     return read_checkpoint(args.init, mmap=True) if args.init else None
 
 

@@ -314,8 +314,8 @@ def xgqa_files(questions, split, language):
 
 def marvl_block(out, split, block, rng):
     """Three things, three pictures: picture k shows all but thing k. So two pictures share one
-    thing x, and each has one that the other lacks. They are shown in both orders, beside the words for
-    x (true) and for the next thing (false).
+    thing x, and each has one that the other lacks. They are shown in both orders, beside the words
+    for x (true) and for the next thing (false).
 
     Half the questions of each pair are true, and half of those of each thing. Who sees one picture
     that lacks the thing knows that it is false; one that shows it says "true" in two of three."""

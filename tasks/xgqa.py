@@ -136,7 +136,7 @@ class Decoder(nn.Module):
 
 
 def causal_attention(module, x, path):
-    """A node attends to the nodes on the path to it, itself too. x (N, D), path (N, L+1) -> (N, D)"""
+    """A node attends to the nodes on its path, itself too. x (N, D), path (N, L+1) -> (N, D)"""
     q, k, v = module.project(x, module.q, module.k, module.v)            # (N, H, D/H) each
     on_path = (path >= 0)[:, None, None]                                 # (N, 1, 1, L+1)
     rows = path.clamp(min=0)
