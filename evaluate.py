@@ -584,7 +584,8 @@ def print_table(report):
 
 @torch.inference_mode()
 def task_scores(task, model, tokenizer, split, languages, translated=False):
-    """Yields (language, {key: number}) of a benchmark (tasks/). split: "val" or "test"."""
+    """Yields (language, {key: number}) of a benchmark (tasks/), each as soon as it is known. split:
+    "val" or "test". translated: the test sets after machine translation into English."""
     # Languages share pictures: these are encoded once for all of them.
     if isinstance(task, Retrieval):
         rows = task.rows(split, *languages, translated=translated)
@@ -609,7 +610,8 @@ def task_report(task, scores, trained):
 
 
 def print_task(task, report):
-    """The table of a benchmark's report, and the paper's rows."""
+    """The table of a benchmark's report, and the paper's rows below it: other models, at other
+    sizes, so they say what is possible and not how good this code is."""
     lines = report[task.name] | {TASK_GROUPS.get(k, k): x
                                  for k, x in report["groups"][task.name].items()}
     print_columns(f"{task.name}, %", lines, task.columns)
