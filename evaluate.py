@@ -790,6 +790,7 @@ def task_command(args, device):
     partial = args.json and args.json.with_name(f"{args.json.name}.partial")
     written = pathlib.Path(args.ckpt).stat()
     of = [args.ckpt, written.st_mtime_ns, written.st_size, args.data, args.translate_test]
+    # A checkpoint or data that changed since then make other scores.
     scores = done_before(partial, of)
     left = [k for k in languages if k not in scores]
     for language, values in task_scores(task, model.to(device), tokenizer, "test", left,
