@@ -183,9 +183,9 @@ class Questions(Task):
         return {answer: i for i, answer in enumerate(read_json(path, self.source))}
 
     def examples(self, split, language="en", few_shot=None, translated=False):
-        if translated:
-            raise ValueError(f"{self.name}: no translated test set is published")
-        if few_shot or split == "test":
+        if translated and language != "en":
+            path = self.root / "xGQA" / "annotations_machine-translate" / language / "test.json"
+        elif few_shot or split == "test":
             name = f"train_{few_shot}" if few_shot else "test"
             path = self.root / "xGQA" / "annotations" / "few_shot" / language / f"{name}.json"
         elif language == "en":
