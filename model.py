@@ -537,6 +537,47 @@ class MaskedLMHead(nn.Module):
 # The model
 # --------------------------------------------------------------------------------------------------
 
+SENTENCES = 4               # of a chunk, for each of its images: fuse_pairs reads a view four times
+
+
+def recompute(module, *inputs):
+    """module(*inputs), whose activations are computed again in the backward pass."""
+    return checkpoint(module, *inputs, use_reentrant=False)
+
+
+def chunks_of_queries(size, texts, views, rows, starts, groups, asked):
+    """Yields what Fusion.forward takes for `size` query sequences at a time. Neighbours read the
+    same views or the next ones, so that nearly every view is in one chunk: the cost is linear."""
+    # 1. Where each of C chunks begins and ends: its rows, asked rows, views, and rows of views. All
+    #    that the host must know is in one table: it waits for the GPU once.
+    cuts = torch.cat([starts[:-1:size], starts[-1:]])                    # (C+1,)
+    asked_cuts = torch.searchsorted(asked, cuts.long())                  # (C+1,)
+    first = torch.searchsorted(groups, cuts[:-1], right=True) - 1        # (C,) view of a first row
+    last = torch.searchsorted(groups, cuts[1:]) - 1                      # (C,) view of a last row
+    first = first.clamp(min=0)                                           # it may read none: -1
+    last = last.clamp(min=0)
+    columns = [cuts[:-1], cuts[1:], asked_cuts[:-1], asked_cuts[1:], first, last,
+               views.starts[first], views.starts[last + 1]]
+    table = torch.stack(columns, 1).tolist()                             # (C, 8)
+
+    # 2. Copy the rows of all chunks at once: the backward pass then adds once, not once per chunk.
+    text_states = texts.states.index_select(0, rows)                     # (T, D) -> (T', D)
+    text_states = text_states.split([end - start for start, end, *_ in table])
+    view_rows = [torch.arange(start, end, device=rows.device) for *_, start, end in table]
+    view_states = views.states.index_select(0, torch.cat(view_rows))
+    view_states = view_states.split([len(some) for some in view_rows])
+
+    # 3. Text i of a chunk is its i-th query sequence. All counts begin anew in every chunk.
+    for i, (x, y, cut) in enumerate(zip(text_states, view_states, table)):
+        start, _, asked_start, asked_end, first, last, view_start, _ = cut
+        own_starts = starts[i * size:(i + 1) * size + 1] - start
+        text = View(x, own_starts, None, None)
+        view = View(y, views.starts[first:last + 2] - view_start, None, None)
+        itself = torch.arange(len(x), device=rows.device)
+        own_groups = (groups[first:last + 2] - start).clamp(0, len(x))
+        yield text, view, itself, own_starts, own_groups, asked[asked_start:asked_end] - start
+
+
 class CCLM(nn.Module):
     """encode_image, encode_text, fuse: three verbs, and parameters that the losses need
     (temperature, itm_head, mlm_head).
@@ -643,47 +684,6 @@ class CCLM(nn.Module):
 
         # 4. Back to the caller's order.
         return ScatterRows.apply(x, back, len(back))                     # (R, D)
-
-
-SENTENCES = 4               # in a chunk, for every image: so many query sequences read a view, and
-                            # together they have no more tokens than an image
-
-
-def recompute(module, *inputs):
-    """module(*inputs), whose activations are computed again in the backward pass."""
-    return checkpoint(module, *inputs, use_reentrant=False)
-
-
-def chunks_of_queries(size, texts, views, rows, starts, groups, asked):
-    """Yields what Fusion.forward takes for `size` query sequences at a time. Neighbours read the
-    same views or the next ones, so that nearly every view is in one chunk: the cost is linear."""
-    # 1. Where the C chunks begin and end: their rows, asked rows, views, and rows of views. All that
-    #    the host must know is in one table: it waits for the GPU once.
-    cuts = torch.cat([starts[:-1:size], starts[-1:]])                    # (C+1,)
-    asked_cuts = torch.searchsorted(asked, cuts.long())                  # (C+1,)
-    first = torch.searchsorted(groups, cuts[:-1], right=True) - 1        # (C,)
-    first = first.clamp(min=0)                                           # -1: rows of no view
-    last = torch.searchsorted(groups, cuts[1:]).clamp(min=1)             # (C,)
-    columns = [cuts[:-1], cuts[1:], asked_cuts[:-1], asked_cuts[1:], first, last,
-               views.starts[first], views.starts[last]]
-    table = torch.stack(columns, 1).tolist()                             # (C, 8)
-
-    # 2. Copy the rows of all chunks at once: the backward pass then adds once, not once per chunk.
-    text_states = texts.states.index_select(0, rows)                     # (T, D) -> (T', D)
-    text_states = text_states.split([end - start for start, end, *_ in table])
-    view_rows = [torch.arange(start, end, device=rows.device) for *_, start, end in table]
-    view_states = views.states.index_select(0, torch.cat(view_rows))
-    view_states = view_states.split([len(some) for some in view_rows])
-
-    # 3. Text i of a chunk is its i-th query sequence. All counts begin anew in every chunk.
-    for i, (x, y, cut) in enumerate(zip(text_states, view_states, table)):
-        start, _, asked_start, asked_end, first, last, view_start, _ = cut
-        own_starts = starts[i * size:(i + 1) * size + 1] - start
-        text = View(x, own_starts, None, None)
-        view = View(y, views.starts[first:last + 1] - view_start, None, None)
-        itself = torch.arange(len(x), device=rows.device)
-        own_groups = (groups[first:last + 1] - start).clamp(0, len(x))
-        yield text, view, itself, own_starts, own_groups, asked[asked_start:asked_end] - start
 
 
 # --------------------------------------------------------------------------------------------------
