@@ -64,17 +64,31 @@ def all_gather(x):
     return x if world()[1] == 1 else AllGather.apply(x)                  # (B, ...) -> (N, ...)
 
 
-def all_reduce(x, op="SUM"):
-    """x summed (or op) over all processes, without gradient."""
+def gather_vectors(vectors, ids):
+    """Vectors (B, E) and ids (B,) of every process, by ONE collective -> (N, E), (N,)."""
+    if world()[1] == 1:
+        return vectors, ids
+    # The bits of an id travel behind its vector, as two float32 numbers or one float64.
+    bits = ids[:, None].view(vectors.dtype)                              # (B, 2 or 1)
+    rows = all_gather(torch.cat([vectors, bits], 1))                     # (N, E + 2 or 1)
+    E = vectors.shape[1]
+    all_ids = rows[:, E:].detach().contiguous().view(ids.dtype)          # (N, 1)
+    return rows[:, :E], all_ids[:, 0]
+
+
+def all_reduce(x):
+    """x summed over all processes, without gradient."""
     x = x.detach().clone()
     if world()[1] > 1:
-        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+        dist.all_reduce(x)
     return x
 
 
-def global_mean(own_sum, own_count):
-    """W x own sum / count over all processes; 0 (with a gradient) where nobody has a row."""
-    return world()[1] * own_sum / all_reduce(own_count.to(own_sum.dtype)).clamp(min=1)
+def global_means(*parts):
+    """(own sum, own count) of several losses -> a list of W x own sum / count over all processes;
+    0 (with a gradient) where nobody has a row."""
+    counts = all_reduce(torch.stack([count.to(own.dtype) for own, count in parts]))
+    return [world()[1] * own / count for (own, _), count in zip(parts, counts.clamp(min=1))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -91,8 +105,7 @@ def contrastive_loss(a, b, temperature, same="ignore"):
     rank, W = world()
     B = len(a.vectors)
     first = rank * B                                                     # our rows: first..first+B
-    all_ids = all_gather(a.ids)                                          # (N,)
-    b_all = all_gather(b.vectors)                                        # (N, E)
+    b_all, all_ids = gather_vectors(b.vectors, a.ids)                    # (N, E), (N,)
     if same == "ignore":
         s = contrastive(a.vectors, b_all, temperature, a.ids, all_ids, first)
         positives = 2 * s.positives.sum()                                # of rows and of columns
@@ -114,11 +127,12 @@ def contrastive_loss(a, b, temperature, same="ignore"):
 def sum_of_columns(part, first, B):
     """part (N,): the log-sum-exp of every column over this process's rows -> the sum, over this
     process's own columns, of the log-sum-exp over ALL rows."""
-    if world()[1] == 1:
+    W = world()[1]
+    if W == 1:
         return part.sum()
     # 1. The log-sum-exp of all processes' parts, without gradient.
-    top = all_reduce(part, "MAX")                                        # (N,)
-    whole = top + all_reduce((part - top).exp()).log()                   # (N,)
+    parts = all_gather(part.detach()).view(W, -1)                        # (W, N)
+    whole = parts.logsumexp(0)                                           # (N,)
     # 2. Our rows are part of ALL N columns. So the gradient with respect to `part` is that of the
     #    sum over all columns, not only over our own: d whole_j / d part_j = exp(part_j - whole_j).
     #    A product of part with this constant has this gradient.
@@ -171,15 +185,16 @@ def seed_generator(seed, side, device):
 
 
 def matching_loss(head, states, negatives):
-    """states (3B, D) of true pairs, pairs with a negative a, and pairs with a negative b -> cross
-    entropy of head's "no, yes". An item that lacks a negative (-1) is left out."""
+    """states (3B, D) of true pairs, pairs with a negative a, and pairs with a negative b -> sum of
+    the cross entropies of head's "no, yes", and their number. An item that lacks a negative (-1) is
+    left out."""
     has_both = (negatives[0] >= 0) & (negatives[1] >= 0)                 # (B,)
     counts = has_both.repeat(3)                                          # (3B,)
     labels = torch.zeros(len(states), dtype=torch.long, device=states.device)
     labels[:len(states) // 3] = 1                                        # (3B,)
     logits = at_least_float32(head(states))                              # (3B, D) -> (3B, 2)
     losses = F.cross_entropy(logits, labels, reduction="none")           # (3B,)
-    return global_mean((losses * counts).sum(), counts.sum())
+    return (losses * counts).sum(), counts.sum()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,13 +246,14 @@ class VocabularyLoss(torch.autograd.Function):
 
 
 def masked_lm_loss(head, states, labels):
-    """states (M, D) of masked positions, labels (M,) the true ids -> cross entropy over the
-    vocabulary. Under autocast its products are in 16 bits, its softmax and sums are not."""
+    """states (M, D) of masked positions, labels (M,) the true ids -> sum of the cross entropies
+    over the vocabulary, and their number. Under autocast its products are in 16 bits, its softmax
+    and sums are not."""
     x = in_autocast_type(head(states))                                   # (M, D)
     weight = in_autocast_type(head.weight)                               # (V, D)
     bias = in_autocast_type(head.bias)                                   # (V,)
     own_sum = VocabularyLoss.apply(x, weight, bias, labels)
-    return global_mean(own_sum, own_sum.detach().new_full((), len(labels)))
+    return own_sum, own_sum.detach().new_full((), len(labels))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,12 +315,13 @@ def cross_view(model, a, b, masked, seed, negatives=None, options=Options()):
     elif negatives is None:
         negatives = hard_negatives(a, b, model.temperature, seed)
     pairs, masked_states = fuse_pairs(model, a, b, masked, negatives, options.condition)
-    losses = {
-        "contrast": contrastive_loss(a, b, model.temperature, options.same),
-        "match": matching_loss(model.itm_head, pairs, negatives),
-    }
+    sums = {"match": matching_loss(model.itm_head, pairs, negatives)}
     if masked is not None:
-        losses["mask"] = masked_lm_loss(model.mlm_head, masked_states, masked.labels)
+        sums["mask"] = masked_lm_loss(model.mlm_head, masked_states, masked.labels)
+    means = dict(zip(sums, global_means(*sums.values())))
+    # Computed last, its backward comes first: the gradients of vectors, for which the encoders
+    # wait, do not queue behind those of large parameters on their way to the other processes.
+    losses = {"contrast": contrastive_loss(a, b, model.temperature, options.same)} | means
     losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
     return losses
 
@@ -321,7 +338,7 @@ def translation_lm(model, a, b, joined, masked, options=Options()):
     everyone = torch.arange(len(b.starts) - 1, device=b.states.device)   # (B,)
     nothing = torch.full_like(everyone, -1)
     states = model.fuse(joined, a, everyone, nothing, masked.positions)  # (M, D)
-    losses["mask"] = masked_lm_loss(model.mlm_head, states, masked.labels)
+    losses["mask"], = global_means(masked_lm_loss(model.mlm_head, states, masked.labels))
     losses["loss"] = losses["loss"] + weights["mask"] * losses["mask"]
     return losses
 
@@ -355,11 +372,11 @@ def sanity_table(B=64, length=8, seed=0):
     decoder = torch.nn.Identity()
     decoder.weight = torch.nn.Parameter(30 * torch.eye(B))
     decoder.bias = torch.nn.Parameter(torch.zeros(B))
-    knows_all = {
-        "contrast": contrastive_loss(view, view, torch.tensor(0.01)),
-        "match": matching_loss(torch.nn.Identity(), 20 * F.one_hot(true, 2).float(), (ids, ids)),
-        "mask": masked_lm_loss(decoder, torch.eye(B), ids),
-    }
+    pairs = 20 * F.one_hot(true, 2).float()                              # (3B, 2)
+    match, mask = global_means(matching_loss(torch.nn.Identity(), pairs, (ids, ids)),
+                               masked_lm_loss(decoder, torch.eye(B), ids))
+    contrast = contrastive_loss(view, view, torch.tensor(0.01))
+    knows_all = {"contrast": contrast, "match": match, "mask": mask}
     return [(name, untrained[name].item(), chance, knows_all[name].item())
             for name, chance in knows_nothing.items()]
 

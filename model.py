@@ -21,6 +21,7 @@ vocabulary.
 import copy
 import pathlib
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -491,42 +492,28 @@ class Fusion(nn.Module):
         sizes = (c.width, c.fusion_heads, c.fusion_mlp, c.fusion_eps, c.dropout)
         self.layers = nn.ModuleList(FusionLayer(*sizes) for _ in range(c.fusion_layers))
 
-    def forward(self, texts, views, query_text, query_view, positions=None):
-        """See CCLM.fuse."""
-        # 1. Sort the query sequences by the view they read; those of view -1 come first.
-        #    rows[r] is the row of texts.states that row r of the query sequences copies.
-        order = query_view.argsort(stable=True)                          # (Q,)
-        rows, starts = gather_sequences(texts.starts, query_text[order])           # (T',), (Q+1,)
+    def forward(self, texts, views, rows, starts, groups, asked):
+        """Query sequences side by side, in the order of the views they read -> their states (R, D).
 
-        # 2. where[r]: our row of the caller's row r. Of these, only those at `positions` are asked
-        #    for. asked is where they stand, ascending; asked[k] belongs to positions[back[k]].
-        #    For example: order [1, 0] of two sequences of 2 rows gives where [2, 3, 0, 1];
-        #    positions [0, 3] then give asked [1, 2] and back [1, 0].
-        where, _ = gather_sequences(starts, order.argsort(), len(rows))  # (T',)
-        if positions is not None:
-            where = where[positions]                                     # (R,)
-        asked, back = where.sort()                                       # (R,), (R,)
+        rows    (T',) row r of the query sequences copies row rows[r] of texts.states
+        starts  (Q+1,) of the query sequences
+        groups  (B+1,) rows groups[i]..groups[i+1] read view i; those before groups[0] read nothing
+        asked   (R,) the wanted rows, ascending"""
+        # Queries of one view are one group. The first group reads nothing: a view of length 0 is
+        # put before the others.
+        groups = F.pad(groups, (1, 0))                                   # (B+2,)
+        views = View(views.states, F.pad(views.starts, (1, 0)), None, None)
 
-        # 3. Queries of one view are one group of rows. Group 0 reads nothing: a view of length 0
-        #    is put before the others. Cast here, views are not cast again in every layer.
-        count = len(views.starts) - 1
-        lengths = starts.diff()                                          # (Q,)
-        group_lengths = lengths.new_zeros(count + 1)
-        group_lengths.index_add_(0, query_view[order] + 1, lengths)      # view -1 is group 0
-        groups = offsets(group_lengths)                                  # (count+2,)
-        view_starts = F.pad(views.starts, (1, 0))                        # 0, 0, ...
-        views = View(in_autocast_type(views.states), view_starts, None, None)
-
-        # 4. The layers. texts are the caller's before the first layer; after it, they are the
-        #    query sequences, copied by that layer. The last layer goes on with asked rows only:
-        #    their sequences and groups then start at the number of asked rows before the old start
-        #    (asked [1, 2]: a sequence that started at row 2 starts at row 1 now).
+        # texts are the caller's before the first layer; after it, they are the query sequences,
+        # copied by that layer. The last layer goes on with asked rows only: their sequences and
+        # groups then start at the number of asked rows before the old start (asked [1, 2]: a
+        # sequence that started at row 2 starts at row 1 now).
         for i, layer in enumerate(self.layers):
             x = texts.states
             x_starts = texts.starts
             copies = rows if i == 0 else None                            # (T, D) -> (T', D)
             if i == len(self.layers) - 1:
-                groups = torch.searchsorted(asked, groups.long()).int()  # (count+2,)
+                groups = torch.searchsorted(asked, groups.long()).int()  # (B+2,)
                 if i == 0:
                     copies = rows[asked]                                 # (T, D) -> (R, D)
                 else:
@@ -534,9 +521,7 @@ class Fusion(nn.Module):
                     x_starts = torch.searchsorted(asked, starts.long()).int()      # (Q+1,)
             x = run(layer, x, x_starts, texts, copies, groups, views)
             texts = View(x, starts, None, None)
-
-        # 5. Back to the caller's order.
-        return ScatterRows.apply(x, back, len(back))                     # (R, D)
+        return x
 
 
 class MaskedLMHead(nn.Module):
@@ -560,13 +545,54 @@ class MaskedLMHead(nn.Module):
 # The model
 # --------------------------------------------------------------------------------------------------
 
+SENTENCES = 4               # of a chunk, for each of its images: fuse_pairs reads a view four times
+
+
+def recompute(module, *inputs):
+    """module(*inputs), whose activations are computed again in the backward pass."""
+    return checkpoint(module, *inputs, use_reentrant=False)
+
+
+def chunks_of_queries(size, texts, views, rows, starts, groups, asked):
+    """Yields what Fusion.forward takes for `size` query sequences at a time. Neighbours read the
+    same views or the next ones, so that nearly every view is in one chunk: the cost is linear."""
+    # 1. Where each of C chunks begins and ends: its rows, asked rows, views, and rows of views. All
+    #    that the host must know is in one table: it waits for the GPU once.
+    cuts = torch.cat([starts[:-1:size], starts[-1:]])                    # (C+1,)
+    asked_cuts = torch.searchsorted(asked, cuts.long())                  # (C+1,)
+    first = torch.searchsorted(groups, cuts[:-1], right=True) - 1        # (C,) view of a first row
+    last = torch.searchsorted(groups, cuts[1:]) - 1                      # (C,) view of a last row
+    first = first.clamp(min=0)                                           # it may read none: -1
+    last = last.clamp(min=0)
+    columns = [cuts[:-1], cuts[1:], asked_cuts[:-1], asked_cuts[1:], first, last,
+               views.starts[first], views.starts[last + 1]]
+    table = torch.stack(columns, 1).tolist()                             # (C, 8)
+
+    # 2. Copy the rows of all chunks at once: the backward pass then adds once, not once per chunk.
+    text_states = texts.states.index_select(0, rows)                     # (T, D) -> (T', D)
+    text_states = text_states.split([end - start for start, end, *_ in table])
+    view_rows = [torch.arange(start, end, device=rows.device) for *_, start, end in table]
+    view_states = views.states.index_select(0, torch.cat(view_rows))
+    view_states = view_states.split([len(some) for some in view_rows])
+
+    # 3. Text i of a chunk is its i-th query sequence. All counts begin anew in every chunk.
+    for i, (x, y, cut) in enumerate(zip(text_states, view_states, table)):
+        start, _, asked_start, asked_end, first, last, view_start, _ = cut
+        own_starts = starts[i * size:(i + 1) * size + 1] - start
+        text = View(x, own_starts, None, None)
+        view = View(y, views.starts[first:last + 2] - view_start, None, None)
+        itself = torch.arange(len(x), device=rows.device)
+        own_groups = (groups[first:last + 2] - start).clamp(0, len(x))
+        yield text, view, itself, own_starts, own_groups, asked[asked_start:asked_end] - start
+
+
 class CCLM(nn.Module):
     """encode_image, encode_text, fuse: three verbs, and parameters that the losses need
     (temperature, itm_head, mlm_head).
 
     train.py --chunk sets the attribute `chunk`: a gradient cache. The verbs then work on that many
-    sequences at a time and compute each chunk again in the backward pass, so a small GPU gets the
-    exact gradients of all three losses over a big batch."""
+    images, or SENTENCES times as many sentences, at a time and compute each chunk again in the
+    backward pass, so a small GPU gets the exact gradients of all three losses over a big batch."""
     chunk = None
 
     def __init__(self, config):
@@ -608,12 +634,13 @@ class CCLM(nn.Module):
 
     def encode_text(self, token_ids, starts, ids):
         """token_ids (T,) int64, starts (B+1,) int32, ids (B,) -> View."""
-        if self.chunk:                           # see the class; on a GPU the host waits for bounds
+        if self.chunk:                           # see the class
+            size = SENTENCES * self.chunk
+            cuts = [*starts[:-1:size].tolist(), len(token_ids)]          # the host waits for these
             parts = []
-            for first in range(0, len(starts) - 1, self.chunk):
-                some = starts[first:first + self.chunk + 1]
-                part = token_ids[some[0]:some[-1]]
-                parts.append(recompute(self.text, part, some - some[0]))
+            for i, (first, end) in enumerate(pairwise(cuts)):
+                own_starts = starts[i * size:(i + 1) * size + 1] - first
+                parts.append(recompute(self.text, token_ids[first:end], own_starts))
             states = torch.cat(parts)                                    # (T, D)
         else:
             states = self.text(token_ids, starts)                        # (T, D)
@@ -638,54 +665,34 @@ class CCLM(nn.Module):
         positions      (R,) int64, ascending: the wanted rows. Rows are counted through the query
                        sequences 0, 1, ... Q-1, as if they were packed. None: all rows
         Returns their states (R, D), in the caller's order."""
-        if self.chunk:
-            return self.fuse_in_chunks(texts, views, query_text, query_view, positions)
-        return self.fusion(texts, views, query_text, query_view, positions)
+        # 1. Sort the query sequences by the view they read; those of view -1 come first.
+        #    rows[r] is the row of texts.states that row r of the query sequences copies. View i's
+        #    query sequences begin at row groups[i].
+        order = query_view.argsort(stable=True)                          # (Q,)
+        rows, starts = gather_sequences(texts.starts, query_text[order])           # (T',), (Q+1,)
+        numbers = torch.arange(len(views.starts), device=order.device)   # (B+1,)
+        groups = starts[torch.searchsorted(query_view[order], numbers)]  # (B+1,)
 
-    def fuse_in_chunks(self, texts, views, query_text, query_view, positions):
-        """fuse(), `chunk` query sequences at a time. Neighbours in the order of their views go
-        together, so that a view is in one or two chunks and the cost grows linearly."""
-        # 1. Cut the query sequences, in the order of their views.
-        chunks = query_view.argsort(stable=True).split(self.chunk)       # (<= chunk,) each
-        text_parts = split_copies(texts, [query_text[chunk] for chunk in chunks])
-        used = [query_view[chunk].clamp(min=0).unique() for chunk in chunks]
-        view_parts = split_copies(views, used)
-
-        # 2. number[r]: row r, in the caller's count, is positions[number[r]]; -1: it is not wanted.
-        starts = offsets(texts.starts.diff()[query_text])                # (Q+1,)
-        number = torch.arange(int(starts[-1]), device=starts.device)     # (T',)
+        # 2. where[r]: our row of the caller's row r. Of these, only those at `positions` are asked
+        #    for. asked is where they stand, ascending; asked[k] belongs to positions[back[k]].
+        #    For example: order [1, 0] of two sequences of 2 rows gives where [2, 3, 0, 1];
+        #    positions [0, 3] then give asked [1, 2] and back [1, 0].
+        where, _ = gather_sequences(starts, order.argsort(), len(rows))  # (T',)
         if positions is not None:
-            number = torch.full_like(number, -1).index_copy_(0, positions, number[:len(positions)])
+            where = where[positions]                                     # (R,)
+        asked, back = where.sort()                                       # (R,), (R,)
 
-        # 3. Fuse chunk by chunk. Text i of a chunk is its i-th query sequence.
-        outs = []
-        numbers = []
-        for chunk, text, view, names in zip(chunks, text_parts, view_parts, used):
-            reads = query_view[chunk]
-            reads = torch.where(reads < 0, reads, torch.searchsorted(names, reads))
-            rows, _ = gather_sequences(starts, chunk)
-            wanted = (number[rows] >= 0).nonzero()[:, 0]                 # rows of this chunk
-            itself = torch.arange(len(chunk), device=chunk.device)
-            outs.append(recompute(self.fusion, text, view, itself, reads, wanted))
-            numbers.append(number[rows[wanted]])
+        # 3. Fuse, all at once or chunk by chunk. Views are cast once, not in every layer.
+        views = View(in_autocast_type(views.states), views.starts, None, None)
+        queries = (texts, views, rows, starts, groups, asked)
+        if self.chunk:
+            parts = chunks_of_queries(SENTENCES * self.chunk, *queries)
+            x = torch.cat([recompute(self.fusion, *part) for part in parts])       # (R, D)
+        else:
+            x = self.fusion(*queries)                                    # (R, D)
 
-        # 4. Put the rows in the order of `positions`.
-        numbers = torch.cat(numbers)
-        return ScatterRows.apply(torch.cat(outs), numbers, len(numbers)) # (R, D)
-
-
-def recompute(module, *inputs):
-    """module(*inputs), whose activations are computed again in the backward pass."""
-    return checkpoint(module, *inputs, use_reentrant=False)
-
-
-def split_copies(view, parts):
-    """Copies of the sequences parts[i] (indices) of a View -> one View per part, states and starts.
-    All rows are copied at once: the backward pass then adds once, not once per part."""
-    rows, _ = gather_sequences(view.starts, torch.cat(parts))
-    lengths = [view.starts.diff()[part] for part in parts]
-    states = view.states.index_select(0, rows).split([int(some.sum()) for some in lengths])
-    return [View(x, offsets(some), None, None) for x, some in zip(states, lengths)]
+        # 4. Back to the caller's order.
+        return ScatterRows.apply(x, back, len(back))                     # (R, D)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def add_run_flags(flag):
     flag("--eval", action=ON_OFF, default=True, help="evaluate on the demo's test sets at the end")
     flag("--explain", action="store_true", help="show one example at every station and exit")
     flag("--checkpointing", action="store_true", help="keep no activations: slower, less memory")
-    flag("--chunk", type=int, metavar="N", help="gradient cache: N sequences at a time")
+    flag("--chunk", type=int, metavar="N", help="gradient cache: N images at a time")
     flag("--compile", action="store_true", help="torch.compile the encoders")
 
 

@@ -26,7 +26,7 @@ import data
 from formats.images import (FINE_TUNING_AREA, eval_transform, normalise, train_transform,
                             undecoded)
 from formats.records import reading
-from losses import global_mean
+from losses import global_means
 from model import at_least_float32, inference_context
 
 BATCH = 128                             # examples that are evaluated at once
@@ -258,7 +258,8 @@ class Classification(Task):
     def losses(self, model, batch, seed, tokenizer):
         logits = self.logits(model, batch)                                   # (B, C)
         total = F.cross_entropy(logits, batch["ids"], reduction="sum")
-        return {"answer": global_mean(total, total.new_full((), len(logits)))}
+        mean, = global_means((total, total.new_full((), len(logits))))
+        return {"answer": mean}
 
     def scores(self, model, tokenizer, split, language, translated=False):
         """-> {"accuracy": % of the examples that have a label, "n": how many these are}"""

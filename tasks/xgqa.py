@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.packed import offsets
-from losses import PIECE, VocabularyLoss, global_mean
+from losses import PIECE, VocabularyLoss, global_means
 from model import (FusionLayer, MaskedLMHead, View, at_least_float32, in_autocast_type,
                    inference_context)
 from tasks.common import Classification, Example, Task, encode, evaluated, read_json
@@ -270,7 +270,8 @@ class Xgqa(Questions):
         labels[nodes.starts[1:].long() - 1] = END                        # after its last piece
         head = model.task_head.lm_head
         total = VocabularyLoss.apply(*map(in_autocast_type, (x, head.weight, head.bias)), labels)
-        return {"answer": global_mean(total, total.detach().new_full((), len(batch["ids"])))}
+        mean, = global_means((total, total.detach().new_full((), len(batch["ids"]))))
+        return {"answer": mean}
 
     def rank(self, model, batch, trie):
         """-> of the k best answers of each question by their first piece: their numbers, log P of

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import MaskedText, Options, contrastive_loss, cross_view, hard_negatives, masked_lm_loss, matching_loss
+from kernels.packed import offsets
+from losses import (MaskedText, Options, contrastive_loss, cross_view, global_means, hard_negatives, masked_lm_loss,
+                    matching_loss)
 from model import View
 from test_packing import example, make, packed_losses
 
@@ -108,7 +110,8 @@ def test_match_leaves_out_items_without_a_wrong_partner():
     logits = torch.randn(9, 2, dtype=torch.float64)
     wrong = torch.tensor([1, -1, 0]), torch.tensor([2, 0, -1])               # each side lacks another one
     expected = F.cross_entropy(logits[[0, 3, 6]], torch.tensor([1, 0, 0]))
-    assert abs(float(matching_loss(lambda x: x, logits, wrong) - expected)) < 1e-12
+    got, = global_means(matching_loss(lambda x: x, logits, wrong))
+    assert abs(float(got - expected)) < 1e-12
 
 
 def test_a_batch_of_one_and_a_sentence_without_hidden_words_do_not_crash():
@@ -159,7 +162,7 @@ def test_masked_lm_equals_the_plain_loss_on_both_sides_of_a_piece(rows, dtype):
     x = torch.randn(rows, 32, generator=g, dtype=wide, requires_grad=True)
     labels = torch.randint(3000, (rows,), generator=g)
     with autocast:
-        got = masked_lm_loss(head, x, labels)
+        got, = global_means(masked_lm_loss(head, x, labels))
         logits = F.linear(x, head.weight, head.bias)
         plain = F.cross_entropy(losses.at_least_float32(logits), labels, reduction="sum") / max(rows, 1)
     assert got.dtype == wide and logits.dtype == dtype
@@ -172,7 +175,7 @@ def test_masked_lm_equals_the_plain_loss_on_both_sides_of_a_piece(rows, dtype):
 def test_masked_lm_loss_goes_backward_once():
     head = torch.nn.Linear(4, 9)
     head.forward = lambda x: x
-    loss = masked_lm_loss(head, torch.randn(3, 4), torch.tensor([1, 2, 3]))
+    loss, _ = masked_lm_loss(head, torch.randn(3, 4), torch.tensor([1, 2, 3]))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -196,3 +199,21 @@ def test_without_masked_text_the_other_losses_and_their_gradients_are_the_same()
         torch.testing.assert_close(pairs[name], whole[name], rtol=1e-12, atol=0)
     assert pairs["loss"] == pairs["contrast"] + pairs["match"]
     torch.testing.assert_close(gradients, [g for g in wanted if g.any()], rtol=1e-9, atol=1e-15)
+
+
+def test_gradients_of_vectors_travel_before_those_of_matrices(monkeypatch):
+    """Behind a large matrix's they would wait, and the encoders with them. Two streams, as in a step."""
+    model, order = make(), []
+
+    def gather(vectors, ids):
+        gathered = vectors.clone()
+        gathered.register_hook(lambda _: order.append("vectors"))            # runs when the gather's backward would
+        return gathered, ids
+    monkeypatch.setattr(losses, "gather_vectors", gather)
+    images, words, starts, masked, rows, ids = example(model)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    views = model.encode_image(images, ids), model.encode_text(words.flip(0), offsets(starts.diff().flip(0)), ids)
+    sum(packed_losses(model, a, words, starts, masked, rows, ids, None)["loss"] for a in views).backward()
+    assert order[:2] == ["vectors"] * 2 and len(order) > 40 and "vectors" not in order[2:]
