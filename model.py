@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
-from kernels.packed import GatherRows, ScatterRows, gather_sequences, offsets
+from kernels.packed import GatherRows, ScatterRows, gather_sequences
 
 # --------------------------------------------------------------------------------------------------
 # What is configured

@@ -27,7 +27,7 @@ def test_every_path_and_flag_of_the_readmes_commands_exists():
     for command in commands:
         script, words = re.search(r"([\w/]+\.py)(.*)", command).groups()
         assert (ROOT / script).exists(), command
-        first = [word for word in words.split()[:1] if word in ("tokenizer", "retrieval")]
+        first = [word for word in words.split()[:1] if word in ("tokenizer", "retrieval", "xvnli")]
         for flag in re.findall(r"(?<=\s)(--[a-z_-]+)", words):
             assert f"{flag} " in help_of(script, *first) or f"{flag}," in help_of(script, *first), (command, flag)
 
