@@ -267,4 +267,4 @@ def test_the_start_says_what_the_data_are_and_val_names_the_best_step(tmp_path, 
         scores = [float(row[f"val_{group}_{k}"] or -1) for group in ("seen", "text_only", "never") for k in train.RECALLS]
         means[row["step"]] = sum(scores) / 6
     best = max(means, key=means.get)
-    assert best in ("7", "14") and f"best validation so far: mean recall {means[best]:.1f} at step " in said
+    assert best in ("7", "14") and f"best validation so far: mean {means[best]:.1f} at step " in said

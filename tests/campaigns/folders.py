@@ -193,7 +193,7 @@ def trained(arguments, places, tokenizer, seed):
     dataset, found = data.files(data.ImageFiles, arguments, 96), {}
     n = len(dataset)
     batches = data.Batches(tokenizer, data.Stream(dataset, n, longest=999, max_bad=1.0), None, seed)
-    with (mock.patch.object(images, "random_box", lambda width, height, rng: (0, 0, width, height)),
+    with (mock.patch.object(images, "random_box", lambda width, height, rng, share: (0, 0, width, height)),
           mock.patch.object(images, "rand_augment", lambda image, rng: image),
           mock.patch.object(ImageOps, "mirror", lambda image: image)):
         batch, _, stats = batches[0]
