@@ -27,6 +27,7 @@ VARIANTS = {
     "no matching": ["--no-match"],
     "no conditional masking": ["--no-condition"],
     "unshared fusion": ["--no-shared_fusion"],
+    "translation LM": ["--translation_lm"],
 }
 FINE_TUNED = ("xvnli", "xgqa", "marvl", "xflickrco", "wit")
 RETRIEVAL = ("xflickrco", "wit")
