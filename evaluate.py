@@ -47,7 +47,7 @@ import data
 from demo import emoji
 from formats.images import eval_transform, normalise
 from formats.records import BadRecord
-from formats.sources import ImageFiles, open_readers, parse_all, row_of
+from formats.sources import ImageFiles, by_picture, open_readers, parse_all, row_of
 from kernels.packed import gather_sequences, offsets
 from losses import MaskedText, cross_view, fuse_pairs, hard_negatives
 from model import View, at_least_float32, in_autocast_type, inference_context
@@ -113,7 +113,7 @@ def evaluation_set(arguments, languages=None, cache=None, root=None):
     bad = []
     rows = list(readable(dataset.row, bar(range(len(dataset)), "captions"), [], bad))
     report_bad(bad, len(dataset))
-    return rows
+    return by_picture(rows)
 
 
 def read_image(row):
