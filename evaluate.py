@@ -779,7 +779,7 @@ def done_before(partial, of):
 
 def task_command(args, device):
     """`evaluate.py xvnli ...`: one benchmark's test sets, by language."""
-    task = TASKS[args.task](args.data, args.image_root)
+    task = TASKS[args.task](args.data, args.image_root, args.cache)
     model, state = load_model(args.ckpt, task)
     tokenizer = data.Tokenizer(state["tokenizer"])
     languages = args.languages or task.languages
@@ -798,7 +798,7 @@ def task_command(args, device):
         scores[language] = values
         if partial:
             data.write_output(partial, json.dumps({"of": of, "scores": scores}).encode())
-    scores = {k: scores[k] for k in languages}
+    scores = {k: scores[k] for k in languages if k in scores}
     report = task_report(task, scores, state["config"].get("languages"))
     print_task(task, report)
     if args.json:

@@ -842,7 +842,7 @@ def prepare(args, device):
     rank, W = world()
 
     # 0. A benchmark's examples: how many there are decides about the schedule.
-    task = TASKS[args.task](args.data, args.image_root) if args.task else None
+    task = TASKS[args.task](args.data, args.image_root, args.cache) if args.task else None
     examples = training_examples(args, task) if task else []
     if task:
         set_schedule(args, len(examples))
