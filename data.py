@@ -43,7 +43,7 @@ def fail(error):
         raise error
     text = str(error).strip()
     if "\nOriginal Traceback" in text:          # the error of a DataLoader worker: its last line
-        text = text.splitlines()[-1]
+        text = text.splitlines()[-1].removeprefix("ValueError: ")
     print("error:", *text.split(), file=sys.stderr)
     return 2
 

@@ -1246,7 +1246,7 @@ def main(argv=None, step=train_step):
     except (ValueError, OSError) as error:
         status = fail(error, run is None)
     except KeyboardInterrupt:
-        status = fail("interrupted; the last checkpoint is as it was", True)
+        status = fail(f"interrupted; a checkpoint in {args.out} is as it was", True)
     if dist.is_initialized():
         if not status:
             dist.destroy_process_group()

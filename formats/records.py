@@ -591,6 +591,8 @@ def captions(value, names):
             named = [part[key] for key in LANGUAGE_KEYS if isinstance(part.get(key), str)]
             part = {[*named, unnamed][0]: pick(part, TEXT_KEYS)}
         for language, texts in part.items():
+            if texts is None:                                       # a table with gaps
+                continue
             for text in texts if isinstance(texts, list) else [texts]:
                 check_text(text, language)
                 found.setdefault(language, []).append(text)

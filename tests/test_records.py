@@ -61,7 +61,8 @@ def test_json_lines_read_as_a_full_parse_reads_them(tmp_path):
 
 @pytest.mark.parametrize("value, names, expected", [
     ({"en": "a"}, (), {"en": ["a"]}), ({"en": ["a", "b"], "de": "c"}, (), {"en": ["a", "b"], "de": ["c"]}),
-    ([{"en": "a", "de": "b"}, {"en": "c"}], (), {"en": ["a", "c"], "de": ["b"]}),
+    ([{"en": "a", "de": "b"}, {"en": "c"}], (), {"en": ["a", "c"], "de": ["b"]}), ({"en": "a", "de": None}, (), {"en": ["a"]}),
+    ([{"text": "a", "lang": "de"}, {"raw": "b", "tokens": ["b"]}], ("en",), {"de": ["a"], "en": ["b"]}),
     ("plain", ("sw",), {"sw": ["plain"]}), (["one", "two"], (), {"unknown": ["one", "two"]})])
 def test_captions_of_every_official_shape(value, names, expected):
     assert records.captions(value, names) == expected
