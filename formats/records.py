@@ -127,16 +127,38 @@ def other_layout(path, layouts=OTHERS):
 VERSION = 0x354D4C4343              # of the index; also tells an index from another file
 
 
+def place_beside(path, suffix, cache=None):
+    """Where what is known of a file or folder is kept: beside it, hidden, so that no pattern names
+    it; or in the folder `cache`, where names say which of several files is meant."""
+    path = os.path.abspath(path)
+    folder, name = os.path.split(path)
+    name = f".{name}{suffix}"
+    if cache:
+        return os.path.join(cache, hashlib.sha1(os.fsencode(path)).hexdigest()[:12] + name)
+    return os.path.join(folder, name)
+
+
+@contextlib.contextmanager
+def replacing(place):
+    """Opens a file under another name, to write, and renames it: another process sees a whole file
+    or none. Two that do this at the same time do it twice."""
+    temporary = f"{place}.{uuid.uuid4().hex}.tmp"                   # also on a shared disk
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(place)), exist_ok=True)
+        with open(temporary, "wb") as out:
+            yield out
+        os.replace(temporary, place)
+    finally:
+        pathlib.Path(temporary).unlink(missing_ok=True)             # there when something failed
+
+
 def indexed(path, scan, cache=None, label=""):
     """The int64 numbers that scan(open file, its size) yields in pieces: (how far it is, array).
 
     They are kept on disk and made again when the size or time of `path` changes. The array that
     comes back is a view of that file: a number is read when it is asked for."""
     path = os.path.abspath(path)
-    name = f".{os.path.basename(path)}{label}.index"                # hidden: no pattern names it
-    place = os.path.join(os.path.dirname(path), name)
-    if cache:                                                       # files may have the same name
-        place = os.path.join(cache, hashlib.sha1(os.fsencode(path)).hexdigest()[:12] + name)
+    place = place_beside(path, f"{label}.index", cache)
     stamp = stamp_of(os.stat(path))
     with contextlib.suppress(OSError):                              # there may be no index yet
         numbers = mapped(place)
@@ -162,24 +184,17 @@ def mapped(place):
 
 
 def write_index(path, scan, place, stamp):
-    """Written under another name and renamed: another process sees a whole index or none. Two that
-    do this at the same time do it twice, with the same result."""
-    temporary = f"{place}.{uuid.uuid4().hex}.tmp"                   # also on a shared disk
     try:
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-        with open(path, "rb") as file, open(temporary, "wb") as out, tqdm(
+        with replacing(place) as out, open(path, "rb") as file, tqdm(
                 desc=f"indexing {path}", total=stamp[1], unit="B", unit_scale=True, leave=False,
                 disable=not sys.stderr.isatty()) as bar:
             for position, numbers in scan(file, stamp[1]):
                 out.write(numbers.astype(np.int64).tobytes())
                 bar.update(position - bar.n)
             out.write(np.array(stamp).tobytes())
-        os.replace(temporary, place)
     except OSError as error:
         raise ValueError(f"index {place} cannot be written ({error.strerror}): name a folder with "
                          f"--cache") from None
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)             # there when something failed
 
 
 def scan_lines(file, size):
