@@ -238,7 +238,8 @@ def answer_queries(library, queries, top, file):
 
 
 def run_server(library, port):
-    with serve.open_server(library, port) as server:
+    with serve.open_server(port) as server:
+        server.site = serve.Site(library)
         print(f"{len(library.pictures):,} pictures at http://127.0.0.1:{server.server_port}/ "
               "(Ctrl-C ends it)", flush=True)
         server.serve_forever()
@@ -248,9 +249,12 @@ def search(args, device):
     if args.top < 1:
         raise ValueError(f"--top {args.top} must be at least 1")
     check_queries(args.queries)
+    if args.serve is not None:                  # before the work: is the port free?
+        serve.open_server(args.serve).server_close()
     library = open_library(args, device)
     if args.features:
-        vectors = {(p.name, *p.stamp): v for p, v in zip(library.pictures, library.vectors)}
+        names = [(picture.name, *picture.stamp) for picture in library.pictures]
+        vectors = dict(zip(names, library.vectors.numpy()))
         write_index(args.features, fingerprint(library.model), vectors)
         print(f"wrote {args.features}")
     if args.queries:

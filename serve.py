@@ -55,7 +55,7 @@ img {display: block; width: 100%; aspect-ratio: 1; object-fit: contain; backgrou
   border-radius: .5rem}
 figcaption {font-size: .875rem; padding-top: .25rem}
 @media (prefers-color-scheme: dark) {:root {--line: #fff4} a {color: #9cf}}
-@media print {form {display: none} .results {grid-template-columns: repeat(5, 1fr)}}
+@media print {form, figcaption a {display: none} .results {grid-template-columns: repeat(5, 1fr)}}
 """
 
 # The page asks for itself with another query and takes over what is new in it.
@@ -80,6 +80,7 @@ def page(title, body, script=""):
     script = f"<script>{script}</script>" if script else ""
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            '<link rel="icon" href="data:,">'
             f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
             f"<body>{body}{script}</body></html>")
 
@@ -195,8 +196,7 @@ class Site:
     def form(self, query):
         return (f'<form action="/"><input name="q" type="search" value="{html.escape(query)}" '
                 f'dir="auto" maxlength="{LONGEST}" autocomplete="off" autofocus '
-                'aria-label="What shall the picture show? Any language" '
-                'placeholder="What shall the picture show? Any language">'
+                'aria-label="Search in any language" placeholder="Search in any language">'
                 "<button>Search</button></form>")
 
     def look(self, number, query):
@@ -222,7 +222,7 @@ def csp_hash(text):
 
 
 HEADERS = {
-    "Content-Security-Policy": f"default-src 'none'; img-src 'self'; connect-src 'self'; "
+    "Content-Security-Policy": f"default-src 'none'; img-src 'self' data:; connect-src 'self'; "
                                f"style-src {csp_hash(STYLE)}; script-src {csp_hash(SCRIPT)}; "
                                "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -284,11 +284,10 @@ class Server(http.server.ThreadingHTTPServer):
             print("error:", reason(error), file=sys.stderr)
 
 
-def open_server(library, port):
-    """port 0: a free one. ValueError where the port cannot be had."""
+def open_server(port):
+    """-> Server, whose attribute `site` is still to be set. port 0: a free one. ValueError where the
+    port cannot be had."""
     try:
-        server = Server(("127.0.0.1", port), Handler)
+        return Server(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
         raise ValueError(f"--serve {port}: {reason(error)}") from None
-    server.site = Site(library)
-    return server
