@@ -32,7 +32,7 @@ import torch
 from demo.datasets import DemoImages, DemoParallel, training_texts
 from formats import doctor
 from formats.records import BadRecord, reason
-from formats.sources import TOLERATED, WINDOW, ImageFiles, PairFiles, parse_all
+from formats.sources import TOLERATED, WINDOW, ImageFiles, PairFiles, by_picture, parse_all
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3             # XLM-R's ids; docs/paper.md, "Text encoder"
 
@@ -43,7 +43,7 @@ def fail(error):
         raise error
     text = str(error).strip()
     if "\nOriginal Traceback" in text:          # the error of a DataLoader worker: its last line
-        text = text.splitlines()[-1]
+        text = text.splitlines()[-1].removeprefix("ValueError: ")
     print("error:", *text.split(), file=sys.stderr)
     return 2
 
@@ -413,7 +413,8 @@ def files(kind, arguments, *options):
 
 
 class HeldOut:
-    """A dataset of one's own images without every k-th record; on those, the run validates."""
+    """A dataset of one's own images without the pictures of every k-th record; on those, the run
+    validates."""
 
     def __init__(self, dataset, count):
         """count: about so many are held out."""
@@ -423,13 +424,23 @@ class HeldOut:
             raise ValueError("--held_out needs at least two images, one of them to train on")
         self.dataset = dataset
         self.k = max(2, len(dataset) // count)
+        self.held = range(self.k - 1, len(dataset), self.k)
+        self.pictures = {dataset.picture(index) for index in self.held} - {None}
+        if all(dataset.picture(index) in self.pictures for index in range(len(dataset))):
+            raise ValueError("--held_out leaves no picture to train on: give a smaller number")
 
     def __len__(self):
         return len(self.dataset) - len(self.dataset) // self.k
 
     def __getitem__(self, key):
         index, rng = key
-        return self.dataset[index + index // (self.k - 1), rng]    # one is left out after k - 1
+        index += index // (self.k - 1)                              # one is left out after k - 1
+        # A held-out picture may have more captions, in other records: the next record takes their
+        # place.
+        n = len(self.dataset)
+        while self.dataset.picture(index % n) in self.pictures:
+            index += 1
+        return self.dataset[index % n, rng]
 
     def languages(self):
         return self.dataset.languages()
@@ -437,10 +448,10 @@ class HeldOut:
     def rows(self):
         """The records that are held out, as evaluate.retrieval wants them. Bad ones are no rows."""
         rows = []
-        for index in range(self.k - 1, len(self.dataset), self.k):
+        for index in self.held:
             with contextlib.suppress(BadRecord):
                 rows.append(self.dataset.row(index))
-        return rows
+        return by_picture(rows)
 
 
 def streams(args, size):

@@ -39,7 +39,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -47,9 +46,8 @@ import data
 from demo import emoji
 from formats.images import eval_transform, normalise
 from formats.records import BadRecord
-from formats.sources import ImageFiles, open_readers, parse_all, row_of
+from formats.sources import ImageFiles, by_picture, open_readers, parse_all, row_of
 from kernels.packed import gather_sequences, offsets
-from losses import MaskedText, cross_view, fuse_pairs, hard_negatives
 from model import View, at_least_float32, in_autocast_type, inference_context
 from tasks import TASKS
 from tasks.retrieval import Retrieval
@@ -113,7 +111,7 @@ def evaluation_set(arguments, languages=None, cache=None, root=None):
     bad = []
     rows = list(readable(dataset.row, bar(range(len(dataset)), "captions"), [], bad))
     report_bad(bad, len(dataset))
-    return rows
+    return by_picture(rows)
 
 
 def read_image(row):
@@ -621,7 +619,7 @@ def print_task(task, report):
 
 
 # --------------------------------------------------------------------------------------------------
-# One example, explained
+# Which part of an image speaks for a text
 # --------------------------------------------------------------------------------------------------
 
 def patch_grid(model, parts):
@@ -680,64 +678,6 @@ def attention_map(model, tokenizer, image, text):
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@torch.no_grad()
-def explain(model, tokenizer, image_batch):
-    """Prints what the first pair of an image-text batch (data.Batches) becomes on its way to the
-    losses, with real numbers and shapes."""
-    ids, sentences, masked = (image_batch[key] for key in ("ids", "b", "masked"))
-    B = len(ids)
-    end = int(sentences.starts[1])                                           # of caption 0
-    positions = masked.positions[masked.positions < end].tolist()            # in caption 0
-
-    def read(token_ids):
-        return " ".join(tokenizer.pieces(token_ids))
-
-    # Batch: B images, and their captions packed one after the other.
-    print(f"a batch         {B} images {tuple(image_batch['images'].shape)} uint8 and their "
-          f"captions: {len(sentences.token_ids)} tokens in one row, no padding\n"
-          f"caption 0       {read(sentences.token_ids[:end])}\n"
-          f"  token ids     {sentences.token_ids[:end].tolist()}, rows 0 to {end - 1}\n"
-          f"  masked        {read(masked.token_ids[:end])}, masked positions {positions}")
-    # The two encoders: views of the images, of the captions, and of the masked captions.
-    a = model.encode_image(normalise(image_batch["images"]), ids)
-    b = model.encode_text(sentences.token_ids, sentences.starts, ids)
-    masked_states = model.encode_text(masked.token_ids, sentences.starts, ids).states
-    masked_text = MaskedText(masked_states, masked.positions, masked.labels)
-    print(f"view a          image 0: {a.starts[1]} states of width {a.states.shape[1]} and one "
-          f"unit vector of {a.vectors.shape[1]}\nview b          caption 0: {end} states and one "
-          f"unit vector; their cosine is {a.vectors[0] @ b.vectors[0]:.3f}")
-    # Contrastive loss: image 0 looks for its caption among all. Its hard negative is a wrong one,
-    # drawn by probability.
-    logits = a.vectors[0] @ b.vectors.T / model.temperature                  # (E,), (B, E) -> (B,)
-    rank = 1 + int((logits > logits[0]).sum())
-    temperature = model.temperature.item()
-    negatives = hard_negatives(a, b, model.temperature, seed=0)
-    j = int(negatives[1][0])
-    negative = sentences.token_ids[sentences.starts[j]:sentences.starts[j + 1]]
-    print(f"contrastive     cosine / temperature {temperature:.3f} against all {B} captions: "
-          f"the true one comes {rank}. of {B}, its probability is {logits.softmax(0)[0]:.4f}\n"
-          f"hard negative   drawn for image 0: caption {j}, {read(negative)}")
-    # Fusion encoder: B true pairs, 2B with a hard negative, B masked captions, all in one pass. The
-    # match head reads the first token of the 3B pairs.
-    pairs, fused = fuse_pairs(model, a, b, masked_text, negatives)
-    yes = model.itm_head(pairs).softmax(-1)[:, 1].view(3, B)                 # (3B, 2) -> (3, B)
-    print(f"fusion          {4 * B} query sequences read {B} images; the heads read {len(pairs)} "
-          f"first tokens and {len(fused)} masked ones\nmatching        probability of belonging "
-          f"together: image 0 with caption 0 {yes[0, 0]:.3f}, with caption {j} {yes[2, 0]:.3f}")
-    # Masked LM: what stood at the masked positions of caption 0, and the three best guesses.
-    head = model.mlm_head
-    guesses = F.linear(head(fused), head.weight, head.bias).softmax(-1)      # (M, D) -> (M, V)
-    for position, guess in zip(positions, guesses):
-        label = int(sentences.token_ids[position])
-        best = guess.topk(3)
-        named = zip(tokenizer.pieces(best.indices), best.values)
-        print(f"masked LM       position {position} was {read([label])} (probability "
-              f"{guess[label]:.4f}); best guesses", ", ".join(f"{w} {p:.3f}" for w, p in named))
-    got = cross_view(model, a, b, masked_text, seed=0)
-    print(f"losses          contrastive {got['contrast']:.3f}, matching {got['match']:.3f}, "
-          f"masked LM {got['mask']:.3f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -837,7 +777,7 @@ def done_before(partial, of):
 
 def task_command(args, device):
     """`evaluate.py xvnli ...`: one benchmark's test sets, by language."""
-    task = TASKS[args.task](args.data, args.image_root)
+    task = TASKS[args.task](args.data, args.image_root, args.cache)
     model, state = load_model(args.ckpt, task)
     tokenizer = data.Tokenizer(state["tokenizer"])
     languages = args.languages or task.languages
@@ -856,7 +796,7 @@ def task_command(args, device):
         scores[language] = values
         if partial:
             data.write_output(partial, json.dumps({"of": of, "scores": scores}).encode())
-    scores = {k: scores[k] for k in languages}
+    scores = {k: scores[k] for k in languages if k in scores}
     report = task_report(task, scores, state["config"].get("languages"))
     print_task(task, report)
     if args.json:

@@ -81,6 +81,7 @@ from tqdm import tqdm
 import data
 import evaluate
 from demo import emoji
+from explain import explain
 from formats.checkpoints import keep_earlier, read_checkpoint, write_checkpoint
 from formats.images import normalise
 from formats.sources import BadRecords, parse_all
@@ -99,8 +100,8 @@ from weights import starting_point
 # These may differ when a run is resumed: they do not change its result (the last three: only by
 # rounding, so that a run that is out of memory can go on with --checkpointing).
 FREE = {"out", "stop_after", "save_every", "validate_every", "log_every", "keep", "fresh", "eval",
-        "explain", "workers", "processes", "cache", "image_root", "val", "max_bad", "compile",
-        "checkpointing", "chunk"}
+        "explain", "html", "workers", "processes", "cache", "image_root", "val", "max_bad",
+        "compile", "checkpointing", "chunk"}
 PATHS = {"images", "texts", "tokenizer", "init", "data"}        # of these the last names must agree
 LOSSES = ("contrast", "match", "mask")
 RECALLS = ("t2i_r1", "i2t_r1")                                  # of a validation
@@ -161,6 +162,7 @@ def add_run_flags(flag):
     flag("--fresh", action="store_true", help="start over although OUT holds a checkpoint")
     flag("--eval", action=ON_OFF, default=True, help="evaluate on the demo's test sets at the end")
     flag("--explain", action="store_true", help="show one example at every station and exit")
+    flag("--html", metavar="FILE", help="--explain writes a page too")
     flag("--checkpointing", action="store_true", help="keep no activations: slower, less memory")
     flag("--chunk", type=int, metavar="N", help="gradient cache: N images at a time")
     flag("--compile", action="store_true", help="torch.compile the encoders")
@@ -240,6 +242,11 @@ def check(args):
                          f"--languages")
     if args.texts and not args.images:
         raise ValueError("--texts needs --images too: FILES, or demo for the built-in ones")
+    if args.explain and (args.task or args.translation_lm):
+        raise ValueError("--explain shows cross_view of both streams: leave --task and "
+                         "--translation_lm out")
+    if args.html and not args.explain:
+        raise ValueError("--html is the page of --explain")
     if args.held_out and args.val:
         raise ValueError("--held_out and --val are two ways to validate: choose one")
     if args.held_out and is_demo(args):
@@ -842,7 +849,7 @@ def prepare(args, device):
     rank, W = world()
 
     # 0. A benchmark's examples: how many there are decides about the schedule.
-    task = TASKS[args.task](args.data, args.image_root) if args.task else None
+    task = TASKS[args.task](args.data, args.image_root, args.cache) if args.task else None
     examples = training_examples(args, task) if task else []
     if task:
         set_schedule(args, len(examples))
@@ -1225,9 +1232,11 @@ def main(argv=None, step=train_step):
         alone = args.explain or world()[0] > 0
         with contextlib.nullcontext() if alone else claimed(args.out):
             run = prepare(args, device)
+            # The first batch of a run, with the weights of its checkpoint or with new ones.
             if args.explain:
-                image = to_device(run.batches[0][0], device)
-                evaluate.explain(run.objective.model.eval(), run.objective.tokenizer, image)
+                image, text, _ = run.batches[0]
+                explain(run.objective.eval(), to_device(image, device), to_device(text, device),
+                        gradient_norms, args.html)
             else:
                 train(run, step)
                 finish(run)
@@ -1246,7 +1255,7 @@ def main(argv=None, step=train_step):
     except (ValueError, OSError) as error:
         status = fail(error, run is None)
     except KeyboardInterrupt:
-        status = fail("interrupted; the last checkpoint is as it was", True)
+        status = fail(f"interrupted; a checkpoint in {args.out} is as it was", True)
     if dist.is_initialized():
         if not status:
             dist.destroy_process_group()

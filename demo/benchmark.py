@@ -43,7 +43,7 @@ from demo import emoji
 BLOCKS = {"xvnli": {"train": 1344, "dev": 56, "test": 56, "few_shot": 16},      # of 9 questions
           "xgqa": {"train": 504, "dev": 21, "test": 21, "few_shot": 4},         # of 24
           "marvl": {"train": 1008, "dev": 42, "test": 42, "few_shot": 7},       # of 12
-          "flickr": {"train": 2000, "dev": 100, "test": 500, "few_shot": 100},  # of one picture
+          "xflickrco": {"train": 2000, "dev": 100, "test": 500, "few_shot": 100},   # of 1 picture
           "wit": {"train": 2000, "dev": 250, "test": 250}}
 LANGUAGES = [code for group in ("seen", "text_only", "never") for code in emoji.languages(group)]
 FEW_SHOT = ["ar", "id"]                 # languages that have a small training set too
@@ -453,7 +453,7 @@ def write(path, scale=1.0):
     out.benchmark("xvnli", xvnli_block, xvnli_files)
     out.benchmark("xgqa", xgqa_block, xgqa_files)
     out.benchmark("marvl", marvl_block, marvl_files)
-    out.benchmark("flickr", flickr_block, flickr_files)
+    out.benchmark("xflickrco", flickr_block, flickr_files)
     out.benchmark("wit", wit_block, functools.partial(wit_files, out))
     guess = {name: best_without_pictures(splits["test"]) for name, splits in out.questions.items()}
     for name, content in (("drawings.json", out.shown), ("guess.json", guess)):

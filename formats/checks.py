@@ -14,6 +14,8 @@ import unicodedata
 
 import numpy as np
 
+from formats.records import is_language
+
 WINDOW = 500                        # pairs whose lengths are compared together
 FEWEST = 100                        # pairs or texts from which something can be learned
 FEW = 20                            # and for a share of them
@@ -114,7 +116,8 @@ class Checks:
     def first_line(self, where, texts):
         """Is it no record but the names of columns?"""
         words = {text.strip().casefold() for _, text in texts}
-        if words & HEADER or words & {language.casefold() for language, _ in texts}:
+        codes = {language.casefold() for language, _ in texts}
+        if words & (HEADER | codes) or len(words) > 1 and words <= LETTERS.keys():
             self.note("header", "", f"{where}: {' | '.join(text[:30] for _, text in texts)}")
 
     def pairs(self, where, texts):
@@ -166,7 +169,7 @@ class Checks:
             share, words = KINDS.get(kind, (0, ""))
             tested = self.tested.get((kind, languages), self.tested[languages])
             if kind in SHIFTS:
-                late = languages.split()[0 if kind < 0 else 2]
+                late = languages.split(" and ")[kind > 0]
                 words = f"pairs lie where {late} seems {abs(kind)} line(s) late: align them again"
             if wrong > share * tested and (not share or tested >= FEW):
                 of = f"{languages}: {wrong:,} of {tested:,}" if languages else f"{wrong:,}"
@@ -195,6 +198,10 @@ def codes_alike(codes):
         usual = NO_CODES.get(code.lower(), code)
         if usual != code:
             yield f"{code} is no language code: is it {usual}?"
+        elif code in UNNAMED:
+            yield f"{code} is a text whose language no file names: say FILE@en or FILE@de,en"
+        elif not is_language(code.lower()):
+            yield f"{code!r} is no language code, as en or zh-Hans are"
         groups[base(usual)].append(code)
     for usual, same in groups.items():
         if len(same) > 1 and usual in map(str.lower, same):     # zh-Hans and zh-Hant may be two

@@ -2,10 +2,10 @@
 
     Tar          webdataset: KEY.jpg|jpeg|png|webp beside KEY.json {"captions": C} or KEY.txt
     Pictures     a folder with the same in files, also KEY.en.txt, KEY.de.txt ...
-    ImageLines   {"image" | "binary" | "img_path" | "file_name": path or base64,
+    ImageLines   {"image" | "binary" | "img_path" | "file_name" | ...: path or base64,
                   "captions" | "caption" | "desc" | "sentences" | "text": C}
                  C: {language: text or [texts]}, a list of such, a text, or a list of texts, which
-                 are in the "language" or "lang" of the row
+                 are in the "language" or "lang" of the row; also [{"text" | "raw": text, "lang": }]
     PairLines    {"text" | "translation": {language: text}},
                  or {"source_text": text, "target_text": text}
     Columns      two columns with a tab between, or three: the first is a score (WikiMatrix)
@@ -32,17 +32,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-IMAGE_KEYS = ("image", "binary", "img_path", "file_name")
+IMAGE_KEYS = ("image", "binary", "img_path", "image_path", "file_name", "filename", "path")
 CAPTION_KEYS = ("captions", "caption", "desc", "sentences", "text")
 LANGUAGE_KEYS = ("language", "lang", "LANGUAGE")
+TEXT_KEYS = ("raw", "text", "caption")          # of a caption that is an object of its own
 PAIR_KEYS = ("text", "translation")
 LARGEST = 1 << 28                   # bytes of a record: a longer one is no record but a broken file
 
 # What a suffix says of a file beside others, or of a member of an archive. KEY is all before it.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PARTS = dict.fromkeys(SUFFIXES, "image") | {".json": "json", ".txt": "txt"}
-NO_LANGUAGES = ("bak bin cfg csv doc gz ids idx ini jpg log md npy old pdf png py tar tmp tsv txt "
-                "xml xz zip").split()
+NO_LANGUAGES = ("alt bak bin cap cfg csv doc gz ids idx ini jpg log md npy old pdf png py raw tar "
+                "tmp tsv txt xml xz zip").split()
 
 # What is not read as it lies: how it begins -> what it is and what to do.
 COMPRESSED = {                      # the first bytes of gzip, zip, bzip2, xz and zstd
@@ -50,6 +51,7 @@ COMPRESSED = {                      # the first bytes of gzip, zip, bzip2, xz an
         "is compressed: unpack it, records are read by offset"}
 LINES = 'docs/data.md, "Other layouts", has the command that makes JSON lines of it'
 OTHERS = COMPRESSED | {
+    rb"\xff\xfe|\xfe\xff": "is in UTF-16: save it in UTF-8",
     rb"PAR1": f"is a Parquet file: {LINES}",
     rb"\s*\[\s*\{": f"is one JSON array: {LINES}",
     # An object whose field "images", or whose first field "annotations", is a list of objects.
@@ -108,9 +110,10 @@ def is_picture(file):
 
 
 def languages_of_name(path):
-    """WikiMatrix.de-en.tsv and de-en.tsv -> ("de", "en"); () where a name has no two."""
-    tagged = re.fullmatch(r"(?:.*[._])?([a-z]{2,3})-([a-z]{2,3})\.\w+", os.path.basename(path))
-    return tagged.groups() if tagged else ()
+    """WikiMatrix.de-en.tsv, de-zh_Hans.tsv -> ("de", "en" or "zh_Hans"); () for a name without."""
+    code = r"([a-z]{2,3}(?:_[A-Z][A-Za-z]{1,3})?)"
+    tagged = re.fullmatch(rf"(?:.*[._-])?{code}-{code}\.\w+", os.path.basename(path))
+    return tagged.groups() if tagged and tagged[1] != tagged[2] else ()
 
 
 def other_layout(path, layouts=OTHERS):
@@ -149,7 +152,8 @@ def replacing(place):
             yield out
         os.replace(temporary, place)
     finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)             # there when something failed
+        with contextlib.suppress(OSError):                          # there when something failed
+            os.unlink(temporary)
 
 
 def indexed(path, scan, cache=None, label=""):
@@ -334,6 +338,10 @@ class Reader:
     def where(self, i):
         return f"{self.path} line {i + 1}"
 
+    def picture(self, i):
+        """What two records of one picture have in common; a file of texts has none."""
+        return self.where(i)
+
     def record(self, i):
         """Of text. Equal texts are the same pair, whatever file they come from."""
         texts = self.texts(i)
@@ -388,7 +396,7 @@ class Pictures(Reader):
         found = sorted(os.path.join(folder, name) for folder, _, files in os.walk(path)
                        for name in files if part_of(name))
         self.files = np.array([os.fsencode(file) for file in found if is_picture(file)])
-        tags = [file.split(".")[-2] for file in found if file.endswith(".txt")]
+        tags = [file.split(".")[-2] for file in found if part_of(file) == "txt"]
         self.codes = sorted(set(filter(is_language, tags)))         # of all KEY.LANGUAGE.txt
 
     def __len__(self):
@@ -403,13 +411,10 @@ class Pictures(Reader):
     def texts(self, i):
         """KEY.LANGUAGE.txt go before KEY.json and KEY.txt."""
         key = os.path.splitext(self.where(i))[0]
-        texts = {code: read_file(f"{key}.{code}.txt") for code in self.codes
-                 if os.path.isfile(f"{key}.{code}.txt")}
+        texts = beside(key, {code: f".{code}.txt" for code in self.codes})
         if texts:
             return captions({code: decoded(raw) for code, raw in texts.items()}, ())
-        parts = {part: read_file(f"{key}.{part}") for part in ("json", "txt")
-                 if os.path.isfile(f"{key}.{part}")}
-        return captions_of_parts(parts, self.names)
+        return captions_of_parts(beside(key, {"json": ".json", "txt": ".txt"}), self.names)
 
 
 class ImageLines(Reader):
@@ -423,10 +428,18 @@ class ImageLines(Reader):
     def texts(self, i):
         return row_captions(json_object(self.line(i)), self.names)
 
+    def picture(self, i):
+        """A file may have a line for every caption."""
+        field = repr(pick(json_object(self.line(i)), IMAGE_KEYS))
+        return self.root, identity(field.encode())                  # base64 is long
+
     def image(self, field):
         """Bytes of an image in base64, or of a file below the folder of images."""
         if not isinstance(field, str) or not field:
             raise ValueError(f"the image is {type_name(field)}, not a path or base64")
+        if re.match("https?://", field):
+            raise ValueError(f"the image is an address, {field[:60]}: download it first, for "
+                             f"example with img2dataset")
         start = b""
         with contextlib.suppress(ValueError):                       # a path
             start = base64.b64decode(field[:24], validate=True)
@@ -457,7 +470,8 @@ class Columns(Reader):
         return two_languages(self.names)
 
     def texts(self, i):
-        columns = self.line(i).decode("utf-8-sig").strip("\r\n").split("\t")
+        line = self.line(i).decode("utf-8-sig").strip("\r\n")
+        columns = [column.strip() for column in line.split("\t")]
         if len(columns) == 3:
             score = columns.pop(0)
             if not is_number(score):
@@ -509,6 +523,18 @@ def read_file(path):
     if os.path.getsize(path) > LARGEST:
         raise ValueError(f"{path[-80:]} is longer than {LARGEST:,} bytes")
     return pathlib.Path(path).read_bytes()
+
+
+def beside(key, suffixes):
+    """{name: suffix} -> {name: bytes of the file KEY + suffix (.txt or .TXT)} of those that are
+    there."""
+    found = {}
+    for name, suffix in suffixes.items():
+        stem, form = os.path.splitext(key + suffix)
+        for path in (stem + form, stem + form.upper()):
+            if os.path.isfile(path):
+                found.setdefault(name, read_file(path))
+    return found
 
 
 def is_number(text):
@@ -576,7 +602,12 @@ def captions(value, names):
     for part in value if isinstance(value, list) else [value]:
         if not isinstance(part, dict):
             part = {unnamed: [part]}
+        elif any(key in part for key in TEXT_KEYS):
+            named = [part[key] for key in LANGUAGE_KEYS if isinstance(part.get(key), str)]
+            part = {[*named, unnamed][0]: pick(part, TEXT_KEYS)}
         for language, texts in part.items():
+            if texts is None:                                       # a table with gaps
+                continue
             for text in texts if isinstance(texts, list) else [texts]:
                 check_text(text, language)
                 found.setdefault(language, []).append(text)

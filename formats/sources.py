@@ -93,9 +93,11 @@ def data_of_folder(folder):
     keys = {os.path.splitext(name)[0] for name in names if is_picture(name)}
     beside = {name for name in names                            # KEY.json, KEY.en.txt
               if keys.intersection((name.rsplit(".", 1)[0], name.rsplit(".", 2)[0]))}
-    if not all(map(is_picture, beside)):        # so another KEY.json has lost its picture
-        beside.update(name for name in names if name.lower().endswith(".json"))
     files = [os.path.join(folder, name) for name in names if is_data(name) and name not in beside]
+    if not all(map(is_picture, beside)):        # captions: the folder is the data
+        others = [file for file in files if not file.lower().endswith(".json")]
+        leave_out(others, "lies in a folder of pictures with captions beside them: name it itself")
+        return [folder]                         # a KEY.json alone has lost its picture
     if files:
         return files
     if any(is_picture(name) for _, _, deeper in os.walk(folder) for name in deeper):
@@ -121,9 +123,9 @@ def parse_all(arguments):
     merged = {}
     for number, argument in enumerate(arguments):
         source = parse(argument)
-        stem, suffix = os.path.splitext(source.files[0])
+        stem, language = plain_name(source.files[0])
         key = number
-        if len(source.files) == 1 and is_language(suffix[1:]) and os.path.isfile(source.files[0]):
+        if len(source.files) == 1 and is_language(language) and os.path.isfile(source.files[0]):
             key = stem, source.languages, source.weight
         if key in merged:
             merged[key].files.extend(source.files)
@@ -132,13 +134,21 @@ def parse_all(arguments):
     return list(merged.values())
 
 
+def plain_name(file):
+    """Plain text NAME.de or NAME.de.txt -> (NAME, "de"); of another suffix (NAME, that suffix)."""
+    stem, suffix = os.path.splitext(file)
+    inner = os.path.splitext(stem)
+    if suffix.lower() == ".txt" and is_language(inner[1][1:]):
+        stem, suffix = inner
+    return stem, suffix[1:]
+
+
 def open_readers(source, kind=None, languages=(), cache=None, root=None):
     """The files of a source -> readers. kind: "images", "texts" or None, which accepts both."""
     readers = []
     plain = {}                                  # NAME -> {suffix: file}
     for file in source.files:
-        stem, suffix = os.path.splitext(file)
-        form = suffix.lower()
+        form = os.path.splitext(file)[1].lower()
         if os.path.isdir(file):
             readers.append(Pictures(file, source.languages))
         elif is_picture(file):
@@ -152,7 +162,8 @@ def open_readers(source, kind=None, languages=(), cache=None, root=None):
                 lines = PairLines(file, source.languages, cache)
             readers.append(lines)
         else:
-            plain.setdefault(stem, {})[suffix[1:]] = file
+            stem, language = plain_name(file)
+            plain.setdefault(stem, {})[language] = file
     readers += plain_texts(plain, source, languages, cache)
     for reader in readers:
         check(reader, kind, source.languages)
@@ -176,12 +187,16 @@ def plain_texts(groups, source, languages, cache):
             readers.append(PlainText(f"{stem}.*", files, cache))
     if left_out:
         why = other_layout(left_out[0]) or "has no suffix of a language"
-        message = " ".join([left_out[0], why, *left_out[1:5]])
         if len(left_out) == len(source.files):
-            raise ValueError(message)
-        if os.environ.get("RANK", "0") == "0":                      # one process says it for all
-            print("left out:", message, file=sys.stderr)
+            raise ValueError(" ".join([left_out[0], why, *left_out[1:5]]))
+        leave_out(left_out, why)
     return readers
+
+
+def leave_out(files, why):
+    """Says so, one process for all."""
+    if files and os.environ.get("RANK", "0") == "0":
+        print("left out:", files[0], why, *files[1:5], file=sys.stderr)
 
 
 def names_images(lines):
@@ -196,7 +211,7 @@ def check(reader, kind, names):
     if kind and holds != kind:
         found = "images" if reader.images else "no images"
         raise ValueError(f"{reader.path} holds {found}: give it to --{holds}")
-    if names and kind == "texts" and len(set(names)) != 2:
+    if names and not reader.images and len(set(names)) != 2:
         raise ValueError(f"{reader.path} is parallel text: name its two languages, as in "
                          f"FILE@de,en")
 
@@ -222,9 +237,10 @@ class Files:
                 self.found.update(found)
         if self.only and not self.found:
             others = Files(sources, kind, (), cache, root).languages()
+            wanted = "two of " * (least == 2) + " ".join(sorted(self.only))
             raise ValueError(f"{' '.join(source.argument for source in sources)}: no record in "
-                             f"{' '.join(sorted(self.only))}, but in {' '.join(others)}; where a "
-                             f"file names no languages itself, say FILE@en or FILE@de,en")
+                             f"{wanted}, but in {' '.join(others)}; where a file names no "
+                             f"languages itself, say FILE@en or FILE@de,en")
         self.starts = [0, *itertools.accumulate(map(len, self.kept))]
 
     def __len__(self):
@@ -241,6 +257,12 @@ class Files:
         """-> the reader that holds the record, and its number there."""
         k = bisect.bisect_right(self.starts, index) - 1
         return self.readers[k], int(self.kept[k][index - self.starts[k]])
+
+    def picture(self, index):
+        """What two records of one picture have in common; None for a bad one."""
+        reader, i = self.find(index)
+        with contextlib.suppress(BadRecord), reading(reader, i):
+            return reader.picture(i)
 
     def usable(self, texts):
         """Of {language: [texts]} the languages that training shall use."""
@@ -298,12 +320,27 @@ def choose(reader, languages, least, cache):
 
 def row_of(reader, i):
     """Record i to evaluate on -> {"number": i, "captions": {language: [text]}} and of an image
-    "image": a function that reads it -> RGB, so that many rows take little memory."""
+    "picture", what names it, and "image", a function that reads it -> RGB, so that many rows take
+    little memory."""
     with reading(reader, i):
         row = {"number": i, "captions": reader.texts(i)}
+        if reader.images:
+            row["picture"] = reader.picture(i)
     if reader.images:
         row["image"] = functools.partial(image_of, reader, i)
     return row
+
+
+def by_picture(rows):
+    """Rows of images, of which several may be captions of one picture -> a row for each picture,
+    with all its captions."""
+    found = {}
+    for row in rows:
+        first = found.setdefault(row["picture"], row)
+        if first is not row:
+            for language, texts in row["captions"].items():
+                first["captions"].setdefault(language, []).extend(texts)
+    return list(found.values())
 
 
 def image_of(reader, i):

@@ -142,7 +142,8 @@ def read_json(path, source):
 def read_lines(path, source):
     """A JSON-lines file -> [dict]; ValueError names the line that is none."""
     rows = []
-    for number, line in enumerate(read_text(path, source).splitlines(), 1):
+    # Not splitlines(): JSON may have line separators of Unicode inside a text.
+    for number, line in enumerate(read_text(path, source).split("\n"), 1):
         if line.strip():
             try:
                 rows.append(dict(json.loads(line)))
@@ -170,9 +171,11 @@ class Task:
     published_as = "mean of the languages but en"    # what these numbers are
     columns = {}                        # {key of scores(): head of its column}
 
-    def __init__(self, root, image_root):
+    def __init__(self, root, image_root, cache=None):
+        """cache: folder for indices of the annotation files; None: beside them."""
         self.root = pathlib.Path(root)
         self.image_root = pathlib.Path(image_root or root)
+        self.cache = cache
 
     @classmethod
     def recipe_of(cls, preset):

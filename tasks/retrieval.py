@@ -51,8 +51,8 @@ class Retrieval(Task):
         found = {}
         for key, picture, captions in self.read(split, language, few_shot, translated):
             texts = captions if isinstance(captions, list) else [captions]
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{self.name}: a caption of {key} is no text")
+            if not all(isinstance(text, str) for text in (key, *texts)):
+                raise ValueError(f"{self.name}: the name {key!r} or a caption of it is no text")
             texts = [text for text in texts if text.strip()]
             if texts:
                 found.setdefault(key, (picture, []))[1].extend(texts)
@@ -94,7 +94,7 @@ class Retrieval(Task):
 
     def coco(self, name):
         """The path of COCO_val2014_000000000042.jpg."""
-        return self.picture(name.split("_")[1], name)
+        return self.picture(*name.split("_")[1:2], name)
 
     def head(self, config):
         """None: the projections and the match head of pre-training are all it needs."""
@@ -110,12 +110,16 @@ class Retrieval(Task):
 
 
 def fields(path, rows, *names):
-    """Yields the fields of each row of a file; ValueError names the row that lacks one."""
+    """Yields the fields of each row of a file, the first of which is a text; ValueError names the
+    row where that is not so."""
     for number, row in enumerate(rows, 1):
         try:
-            yield [row[name] for name in names]
-        except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path}, row {number}: no field {error}") from None
+            found = [row[name] for name in names]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}, row {number}: {reason(error)}") from None
+        if not isinstance(found[0], str):
+            raise ValueError(f"{path}, row {number}: {names[0]} is no text")
+        yield found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ class Wit(Retrieval):
         if not path.exists():
             raise ValueError(f"{path} is missing: {self.source} (docs/data.md, Benchmarks)")
         # The training file has 500,000 pictures: a line is read at a time, and its picture dropped.
-        reader = ImageLines(str(path))
+        reader = ImageLines(str(path), cache=self.cache)
         for number in tqdm(range(len(reader)), name, leave=False, disable=None):
             picture = Base64(reader, number)
             try:
@@ -314,9 +318,11 @@ class Xm3600(WithoutTraining):
 
     def read_test(self, language):
         path = self.root / "xm3600" / "captions.jsonl"
-        rows = read_lines(path, self.source)
-        for key, texts in fields(path, rows, "image/key", language):
-            yield key, self.picture("xm3600", f"{key}.jpg"), texts["caption"]
+        rows = fields(path, read_lines(path, self.source), "image/key", language)
+        for number, (key, own) in enumerate(rows, 1):
+            if not isinstance(own, dict) or "caption" not in own:
+                raise ValueError(f"{path}, row {number}: no field 'caption' in {language!r}")
+            yield key, self.picture("xm3600", f"{key}.jpg"), own["caption"]
 
 
 class Xtd(WithoutTraining):

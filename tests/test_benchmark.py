@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from demo import benchmark, emoji
+from demo import benchmark, emoji, table
 from tasks import TASKS
 
 HELD_OUT = "twemoji/"
@@ -157,6 +157,12 @@ def test_the_benchmark_is_the_same_every_time(folder, tmp_path):
         assert path.read_bytes() == (folder / path.relative_to(tmp_path)).read_bytes()
     small = (tmp_path / "datasets/XVNLI/annotations/de/test.jsonl").read_text()
     assert (folder / "datasets/XVNLI/annotations/de/test.jsonl").read_text().startswith(small)
+
+
+def test_every_column_of_the_miniature_has_its_best_guess(folder):
+    guess = json.loads((folder / "images/guess.json").read_text())
+    assert {column[2] for column in table.COLUMNS} == set(guess)
+    assert guess["xvnli"] == pytest.approx(100 / 3) and guess["marvl"] == 50
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -139,10 +139,21 @@ def test_a_text_that_is_right_is_not(text):
 def test_tables_that_are_read_as_they_stand_are_told(tmp_path, capsys):
     quoted = [f'"ein Ball {i}"\t"a ball {i}"' for i in range(30)]
     scored = [f"{i / 30}\ta ball {i}" for i in range(30)]
-    for lines, words in ((["source\ttarget"], "header of a table"), (quoted, "30 of 30 texts stand in quotes"),
+    for lines, words in ((["source\ttarget"], "header of a table"), (["cs\ten"], "header of a table"), (quoted, "30 of 30 texts stand in quotes"),
                          (scored, "30 of 30 texts have no letter")):
         write(tmp_path / "a.de-en.tsv", lines)
         assert any(words in x for x in warnings(capsys, tmp_path / "a.de-en.tsv"))
+
+
+def test_a_language_without_a_name_and_a_name_that_is_no_code():
+    found = list(checks.codes_alike(["unknown", "English", "", "zh-Hans", "pt_BR", "ceb"]))
+    assert len(found) == 3 and all("no language code" in x or "say FILE@en" in x for x in found)
+
+
+def test_a_file_with_a_strange_code_that_is_a_line_late_is_told(tmp_path, capsys):
+    texts = ["a" * (5 + i * i * 37 % 83) for i in range(300)]
+    samples.lines(tmp_path / "a.jsonl", ({"text": {"": a, "zh Hans": b}} for a, b in zip(texts[1:], texts)))
+    assert any("zh Hans seems 1 line(s) late" in x for x in warnings(capsys, tmp_path / "a.jsonl"))
 
 
 def test_language_codes_that_mean_the_same():

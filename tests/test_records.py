@@ -61,7 +61,8 @@ def test_json_lines_read_as_a_full_parse_reads_them(tmp_path):
 
 @pytest.mark.parametrize("value, names, expected", [
     ({"en": "a"}, (), {"en": ["a"]}), ({"en": ["a", "b"], "de": "c"}, (), {"en": ["a", "b"], "de": ["c"]}),
-    ([{"en": "a", "de": "b"}, {"en": "c"}], (), {"en": ["a", "c"], "de": ["b"]}),
+    ([{"en": "a", "de": "b"}, {"en": "c"}], (), {"en": ["a", "c"], "de": ["b"]}), ({"en": "a", "de": None}, (), {"en": ["a"]}),
+    ([{"text": "a", "lang": "de"}, {"raw": "b", "tokens": ["b"]}], ("en",), {"de": ["a"], "en": ["b"]}),
     ("plain", ("sw",), {"sw": ["plain"]}), (["one", "two"], (), {"unknown": ["one", "two"]})])
 def test_captions_of_every_official_shape(value, names, expected):
     assert records.captions(value, names) == expected
@@ -359,7 +360,7 @@ def test_languages_skip_whole_files_of_other_languages(tmp_path):
         (tmp_path / f"W.{k}-en.tsv").write_text(f"{k}\ten\n" * 3)
     for given in ([f"{tmp_path}/*.tsv"], [f"{tmp_path}/W.bn-en.tsv", f"{tmp_path}/W.de-en.tsv"]):   # as a shell expands it
         assert len(data.files(data.PairFiles, given, ["de", "en"])) == 3     # one of the two languages is no pair
-    with pytest.raises(ValueError, match="no record in bn de"):
+    with pytest.raises(ValueError, match="no record in two of bn de"):
         data.files(data.PairFiles, [f"{tmp_path}/*.tsv"], ["bn", "de"])
 
 

@@ -268,8 +268,8 @@ CASES = [
      RETRIEVAL + "--data a.jsonl", ["a.jsonl line 1", "empty"]),
     ("a text as image", {"a.pt": own(), "x.png": b"text", "a.jsonl": b'{"image": "x.png", "captions": {"en": "a"}}'},
      RETRIEVAL + "--data a.jsonl", ["a.jsonl line 1", "image"]),
-    ("no common image", {"a.pt": own(), "x.png": samples.jpeg(0), "a.jsonl": b"".join(
-        b'{"image": "x.png", "captions": {"%s": "a"}}\n' % k for k in (b"en", b"de"))}, RETRIEVAL + "--data a.jsonl --common",
+    ("no common image", {"a.pt": own(), "en.png": samples.jpeg(0), "de.png": samples.jpeg(1), "a.jsonl": b"".join(
+        b'{"image": "%s.png", "captions": {"%s": "a"}}\n' % (k, k) for k in (b"en", b"de"))}, RETRIEVAL + "--data a.jsonl --common",
      ["no image has a caption in each of en de"]),
     ("the demo among files to evaluate", {"a.pt": own()}, RETRIEVAL + "--data demo:val a.tar", ["demo:SPLIT", "alone"]),
     ("all of the demo", {"a.pt": own()}, RETRIEVAL + "--data demo", ["is not a split", "test_style"]),

@@ -3,11 +3,13 @@ import json
 import os
 import tarfile
 
+import numpy as np
 import pytest
 import samples
 from PIL import Image
 
 import data
+import evaluate
 from formats import records, sources
 
 
@@ -138,7 +140,7 @@ def test_equal_pairs_have_one_id_in_any_layout(tmp_path):
 def test_one_broken_line_is_no_data_in_the_languages_that_are_wanted(tmp_path):
     write(tmp_path, {"W.bn-en.tsv": "one\ttwo\nbroken\n", "a.jsonl": '{"text": {"bn": "x", "en": "y"}}\n{}\n'})
     for name in ("W.bn-en.tsv", "a.jsonl"):
-        with pytest.raises(ValueError, match="no record in bn de, but in bn en"):
+        with pytest.raises(ValueError, match="no record in two of bn de, but in bn en"):
             data.files(data.PairFiles, [f"{tmp_path}/{name}"], ["bn", "de"])
 
 
@@ -204,3 +206,37 @@ def test_a_stream_that_tolerates_more_looks_further_for_a_good_record(tmp_path, 
         batches.last_good[1] = 0, 0, 0
         batches.read_or_replace((1, 0, 1), bad)
         assert len(list(filter(None, bad))) == read
+
+
+def test_a_line_for_every_caption_of_a_picture_is_one_picture_to_evaluate_and_to_hold_out(tmp_path):
+    write(tmp_path, {f"{k}.jpg": samples.jpeg(k) for k in range(8)})
+    rows = [{"image": f"{i % 8}.jpg", "caption": [{"text": f"word {i}", "lang": "en"}]} for i in range(40)]
+    path = samples.lines(tmp_path / "a.jsonl", rows)
+    found = evaluate.evaluation_set([path])
+    assert [row["captions"] for row in found] == [{"en": [f"word {i}" for i in range(k, 40, 8)]} for k in range(8)]
+
+    dataset = data.files(data.ImageFiles, [path], 32)
+    held = data.HeldOut(dataset, 5)                              # records 7, 15 ...: all of picture 7
+    numbers = {int(text.split()[1]) % 8 for _, text, _ in (held[i, np.random.default_rng(0)] for i in range(len(held)))}
+    assert numbers == set(range(7)) and [row["captions"]["en"] for row in held.rows()] == [[f"word {i}" for i in range(7, 40, 8)]]
+    with pytest.raises(ValueError, match="leaves no picture to train on"):
+        data.HeldOut(data.files(data.ImageFiles, [samples.lines(tmp_path / "b.jsonl", rows[::8])], 32), 2)
+
+
+def test_names_and_shapes_that_people_have(tmp_path, capsys):
+    write(tmp_path, {"p/1.JPG": samples.jpeg(1), "p/1.TXT": "one", "p/2.png": samples.jpeg(2), "p/2.json": '{"caption": "two"}',
+                     "p/3.jpg": samples.jpeg(3), "p/3.de.TXT": "drei", "p/labels.tsv": "a\tb\n"})
+    reader, = sources.open_readers(sources.parse(f"{tmp_path}/p"))
+    assert [reader.texts(i) for i in range(3)] == [{"unknown": ["one"]}, {"unknown": ["two"]}, {"de": ["drei"]}]
+    assert "left out: " in capsys.readouterr().err
+    write(tmp_path, {"t.de.txt": "eins\n", "t.en.txt": "one\n", "k.jsonl": json.dumps(
+        {"filename": "p/1.JPG", "sentences": [{"raw": "a dog", "tokens": ["a", "dog"], "imgid": 1}]})})
+    assert data.files(data.PairFiles, [f"{tmp_path}/t.de.txt", f"{tmp_path}/t.en.txt"]).languages() == ["de", "en"]
+    assert sources.open_readers(sources.parse(f"{tmp_path}/k.jsonl@en"), "images")[0].texts(0) == {"en": ["a dog"]}
+    for name, pair in (("train-de-en.tsv", ("de", "en")), ("x.de-zh_Hans.tsv", ("de", "zh_Hans")), ("en-en.tsv", ())):
+        assert records.languages_of_name(name) == pair
+    write(tmp_path, {"u.jsonl": '{"image": "http://a.b/1.jpg", "caption": "a"}', "w.tsv": "a\tb"})
+    assert "download it first" in list(found(records.ImageLines(f"{tmp_path}/u.jsonl")).values())[0]
+    (tmp_path / "w.tsv").write_text("a\tb\n", "utf-16")
+    with pytest.raises(ValueError, match="UTF-16"):
+        records.Columns(f"{tmp_path}/w.tsv")

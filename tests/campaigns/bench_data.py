@@ -1,4 +1,4 @@
-"""How fast and how large is reading? Numbers for the README; nothing here is a test.
+"""How fast and how large are reading and evaluation? Numbers for the docs; nothing here is a test.
 
     python tests/campaigns/bench_data.py index [--megabytes 2000]        building the index: GB/min and records/s of each kind
     python tests/campaigns/bench_data.py images [--photos DIR]           224 px images/s on one core, beside Pillow decoding alone
@@ -8,10 +8,12 @@
                                                                over so many
     python tests/campaigns/bench_data.py retrieval [--small 5000]  peak memory of evaluate.py retrieval over 1,500 images of 100 x 75
                                                                pixels, and over so many; 400 KB of token states each
-    python tests/campaigns/bench_data.py base [--layers 12] [--rerank 1]  peak memory of evaluate.py retrieval at base width and 64
+    python tests/campaigns/bench_data.py base [--layers 6] [--rerank 1]  peak memory of evaluate.py retrieval at base width and 64
                                                                pixels: 5,000 images with 25,000 captions
     python tests/campaigns/bench_data.py rerank [--layers 6]   CPU seconds of re-ranking both directions at base size, and of the
                                                                padded loop over queries on the same work
+    python tests/campaigns/bench_data.py xgqa [--questions 1000]  CPU seconds of ranking 1,842 answers for each question at demo
+                                                               size, and of one pass for each question and answer
 """
 import argparse
 import io
@@ -33,7 +35,7 @@ import torch
 from PIL import Image, ImageFilter
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import data                                                                  # noqa: E402
 from formats import records                                                  # noqa: E402
@@ -217,8 +219,8 @@ def bench_base(args):
         folder, draw = pathlib.Path(folder), random.Random(0)
         pieces = data.demo_tokenizer(4000).pieces(range(4000))               # as many tokens as XLM-R makes of a caption
         words = [piece[1:] for piece in pieces if piece[0] == "\u2581" and piece[1:].isalpha()]
-        write_checkpoint(folder / "ckpt.pt", "base", vocabulary=250002, image_size=64, vision_layers=args.layers,
-                         text_layers=args.layers, fusion_layers=(args.layers + 1) // 2)
+        write_checkpoint(folder / "ckpt.pt", "base", vocabulary=250002, image_size=64, vision_layers=2 * args.layers,
+                         text_layers=2 * args.layers, fusion_layers=args.layers)
         for i in range(100):
             (folder / f"{i}.jpg").write_bytes(picture(i, 64, 64))
         with open(folder / "a.jsonl", "w") as file:
@@ -226,8 +228,106 @@ def bench_base(args):
                 said = [" ".join(draw.choices(words, k=11)) for _ in range(5)]
                 file.write(json.dumps({"image": f"{i % 100}.jpg", "captions": {"en": said}}) + "\n")
         peak_of("evaluate", f"retrieval --rerank {args.rerank} over {args.small:,} images, {5 * args.small:,} captions, base width, "
-                f"{args.layers} layers", "retrieval", "--ckpt", folder / "ckpt.pt", "--data", folder / "a.jsonl", "--rerank",
+                f"{2 * args.layers} layers", "retrieval", "--ckpt", folder / "ckpt.pt", "--data", folder / "a.jsonl", "--rerank",
                 str(args.rerank))
+
+
+@torch.no_grad()
+def bench_rerank(args):
+    """12 images with 60 captions, the 8 best of each, in fp32. Both sides get the same states and the same pairs."""
+    import evaluate
+    from kernels.packed import offsets
+    from model import CCLM, View, build
+    import reference
+    model = CCLM(build("base", vocabulary=4000, fusion_layers=args.layers, vision_layers=1, text_layers=1)).eval()
+    torch.nn.init.normal_(model.itm_head[-1].weight)                         # it begins at 0: all pairs alike
+    I, n, K, D, P = 12, 60, 8, 768, evaluate.image_tokens(model.config)
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(8, 21, (n,), generator=draw)                     # mean 14, as captions have
+
+    def encoded(lengths):
+        states = torch.randn(int(lengths.sum()), D, generator=draw)
+        view = View(states, offsets(lengths), None, None)
+        vectors = torch.nn.functional.normalize(torch.randn(len(lengths), 256, generator=draw), dim=1)
+        found = evaluate.Encoded.__new__(evaluate.Encoded)
+        found.vectors, found.lengths, found.view, found.again = vectors, lengths, view, None
+        return found
+    images, texts = encoded(torch.full((I,), P)), encoded(lengths)
+    captions = evaluate.Captions(texts, torch.arange(n), torch.arange(n), torch.zeros(0), torch.arange(n) // 5,
+                                 torch.arange(I), images.vectors)
+    found = {way: evaluate.rank_all(captions, way, K) for way in ("t2i", "i2t")}
+
+    def ours():
+        evaluate.rerank(model, captions, images, found)
+        return [x["matched_"] for x in found.values()]
+
+    def loop():
+        """The official way: a query and its K candidates are a padded batch."""
+        image = images.view.states.view(I, P, D)
+        text = torch.nn.utils.rnn.pad_sequence(texts.view.states.split(lengths.tolist()), batch_first=True)    # (n, L, D)
+        mask = torch.arange(text.shape[1]) < lengths[:, None]
+        seen = torch.ones(K, P, dtype=torch.bool)
+
+        def yes(t, i):
+            return model.itm_head(reference.fuse(model, text[t], mask[t], image[i], seen)[:, 0])[:, 1]
+        t2i = [yes(torch.full((K,), c), best) for c, best in enumerate(found["t2i"]["best"])]
+        i2t = [yes(best, torch.full((K,), i)) for i, best in enumerate(found["i2t"]["best"])]
+        return [torch.stack(t2i), torch.stack(i2t)]
+    evaluate.inference_context = lambda device: torch.autocast("cpu", enabled=False)     # fp32 on both sides
+    seconds = {ours: [], loop: []}
+    for _ in range(args.rounds):
+        results = []
+        for side in (ours, loop):
+            start = time.process_time()
+            results.append(side())
+            seconds[side].append(time.process_time() - start)
+        difference = max((a - b).abs().max().item() for a, b in zip(*results))
+    mine, theirs = (statistics.median(seconds[side]) for side in (ours, loop))
+    print(f"re-ranking {n} captions and {I} images, {K} candidates each, base size, {args.layers} fusion layers, fp32: "
+          f"{mine:.1f} CPU s, the padded loop {theirs:.1f}: {theirs / mine:.1f} times as long; largest difference "
+          f"{difference:.1e}")
+
+
+@torch.no_grad()
+def bench_xgqa(args):
+    """One pass for each answer is timed for 200 answers of one question; the rest is a product."""
+    import test_xgqa
+    from model import CCLM, build
+    from tasks.common import Examples, to_batch
+    from tasks.xgqa import Xgqa
+    tokenizer, draw = data.demo_tokenizer(), random.Random(0)
+    words = [piece[1:] for piece in tokenizer.pieces(range(8000)) if piece[0] == "\u2581" and piece[1:].isalpha()]
+    answers = {}
+    while len(answers) < 1842:                                               # GQA's have 1.4 words on average
+        answers[" ".join(draw.choices(words, k=draw.choice((1, 1, 1, 1, 2, 2, 3))))] = 0
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        root, images = test_xgqa.gqa(pathlib.Path(folder), n=args.questions)
+        path = root / "gqa" / "annotations" / "trainval_ans2label.json"
+        path.write_text(json.dumps({answer: i for i, answer in enumerate(answers)}))
+        task = Xgqa(root, images)
+        torch.manual_seed(0)
+        model = CCLM(build("demo", vocabulary=tokenizer.size)).eval()
+        model.task_head = task.head(model.config)
+        task.begin(model)
+        trie = task.trie(tokenizer, torch.device("cpu"))
+        examples = task.examples("test", "de")
+        dataset = Examples(examples, model.config.image_size)
+        batches = [to_batch(examples[i:i + 64], [dataset.whole(j) for j in range(i, min(i + 64, len(examples)))], tokenizer,
+                            40, "cpu") for i in range(0, len(examples), 64)]
+        start = time.process_time()
+        for batch in batches:
+            task.rank(model, batch, trie)
+        mine = time.process_time() - start
+        question = task.question(model, batches[0])
+        pieces = [tokenizer.encode(answer)[1:-1] for answer in list(answers)[:200]]
+        start = time.process_time()
+        for some in pieces:
+            test_xgqa.step_by_step(model, question.states[:question.starts[1]], some)
+        each = (time.process_time() - start) / len(pieces)
+    theirs = each * len(answers) * len(examples)
+    print(f"{len(examples):,} questions, {len(answers):,} answers of {len(trie.token):,} prefixes, demo size, fp32: {mine:.1f} "
+          f"CPU s; one pass for each question and answer takes {1000 * each:.1f} ms, {theirs:,.0f} s in all: "
+          f"{theirs / mine:,.0f} times as long")
 
 
 def bench_search(args):
@@ -247,7 +347,7 @@ def bench_search(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["index", "images", "memory", "search", "retrieval", "base", "rerank"])
+    parser.add_argument("what", choices=["index", "images", "memory", "search", "retrieval", "base", "rerank", "xgqa"])
     parser.add_argument("--dir", help="where large files may lie")
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--count", type=int, default=300)
@@ -257,10 +357,12 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", type=int, default=1_000_000)
     parser.add_argument("--photographs", type=int, default=200)
     parser.add_argument("--small", type=int, default=5000)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--rerank", type=int, default=1)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"                                      # of the runs of train.py
     torch.set_num_threads(1)                                                 # as in a worker of the DataLoader
     {"index": bench_index, "images": bench_images, "memory": bench_memory, "search": bench_search,
-     "retrieval": bench_retrieval, "base": bench_base, "rerank": None}[args.what](args)
+     "retrieval": bench_retrieval, "base": bench_base, "rerank": bench_rerank,
+     "xgqa": bench_xgqa}[args.what](args)
