@@ -67,6 +67,7 @@ BATCH = 256                             # at most so many images or texts, and q
 ROWS = 1 << 13                          # about so many tokens are encoded or fused at once
 STATES = 640 << 20                      # bytes of token states that are kept
 SMALL = 2000                            # images that a validation keeps, resized
+DARK = 0.2                              # brightness where a map is lowest
 LOG_ODDS_WEIGHT = 0.25                  # of the match head's log-odds in re-ranking
 
 
@@ -678,6 +679,13 @@ def attention_map(model, tokenizer, image, text):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def lit(image, parts):
+    """An RGB image, darkened where a map (side, side) is low."""
+    parts = parts.clamp(min=0) / parts.max().clamp(min=1e-9)
+    light = Image.fromarray((255 * parts).byte().cpu().numpy()).resize(image.size)
+    return Image.composite(image, image.point(lambda value: DARK * value), light)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
 """Pictures of a folder, or those of training data, by sentences in any language.
 
-They are encoded once: vectors and names are kept in a file beside the folder, and the next start
-encodes only what is new or changed. A picture's score is its cosine with the query. The best are
-printed, and shown in one HTML file with small copies of them. --serve opens a page for this
-computer instead: results as you type, pictures that are like another, and which part of a picture
-speaks for the query. One picture at a time is decoded.
+A picture's score is its cosine with the query. The best are printed, and shown in one HTML file
+with small copies of them. --serve opens a page for this computer instead (serve.py). The pictures'
+vectors are kept in a file beside the folder: the next start encodes what is new or changed. One
+picture at a time is decoded.
 
 Letters: I pictures, Q queries, E embedding.
 
@@ -13,9 +12,9 @@ Letters: I pictures, Q queries, E embedding.
     python search.py --ckpt out/ckpt.pt --images photos/ --features vectors.npz
 """
 import argparse
-import functools
 import hashlib
 import html
+import io
 import os
 import pathlib
 from collections.abc import Callable
@@ -23,41 +22,42 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 import data
 import evaluate
 import serve
 from formats.images import open_image
 from formats.records import (SUFFIXES, BadRecord, is_picture, place_beside, printable, reason,
-                             replacing, stamp_of)
+                             stamp_of)
 from formats.sources import ImageFiles, parse_all
 
 THUMBNAIL = 160                         # pixels of the longer side, in the gallery
 PORT = 8000                             # of --serve
-DARK = 0.2                              # brightness where a map is lowest
 
 # --------------------------------------------------------------------------------------------------
-# Find
+# Pictures
 # --------------------------------------------------------------------------------------------------
 
 class Picture(NamedTuple):
     name: str                           # its path, or the file that holds it and where
-    stamp: tuple                        # size and time of that file
+    stamp: list                         # size and time of that file
     read: Callable                      # without arguments -> path or bytes
 
 
-def find_pictures(argument):
+def find_pictures(argument, cache=None):
     """A folder with pictures, at any depth, or what train.py --images reads -> [Picture]."""
     files = sorted(file for file in pathlib.Path(argument).rglob("*")
                    if is_picture(file) and file.is_file())
     if files:
-        return [Picture(str(file), tuple(stamp_of(file.stat())), lambda file=file: file)
+        return [Picture(str(file), stamp_of(file.stat()), lambda file=file: file)
                 for file in files]
-    dataset = ImageFiles(parse_all([argument]), None)
-    records = map(dataset.find, range(len(dataset)))
-    return [Picture(reader.where(i), tuple(reader.stamp),
-                    lambda reader=reader, i=i: reader.record(i)[0]) for reader, i in records]
+    dataset = ImageFiles(parse_all([argument]), None, cache=cache)
+    # Several records may be captions of one picture: the first counts. Bad ones stay, to be named.
+    first = {}
+    for index in range(len(dataset)):
+        first.setdefault(dataset.picture(index) or index, dataset.find(index))
+    return [Picture(reader.where(i), reader.stamp, lambda reader=reader, i=i: reader.record(i)[0])
+            for reader, i in first.values()]
 
 
 def read_picture(picture, size):
@@ -68,12 +68,23 @@ def read_picture(picture, size):
         raise BadRecord(f"{printable(picture.name)}: {reason(error)}") from error
 
 
+@torch.inference_mode()
+def encode_pictures(model, pictures, bad):
+    """Yields the pictures that can be read, each with its vector (E,). Why the others cannot goes
+    to the list `bad`."""
+    good = []
+    images = evaluate.readable(lambda picture: read_picture(picture, model.config.image_size),
+                               evaluate.bar(pictures, "pictures"), good, bad)
+    for view in evaluate.image_batches(model, images):
+        yield from zip(good[-len(view.vectors):], view.vectors.cpu().numpy())
+
+
 # --------------------------------------------------------------------------------------------------
-# The index: vectors of pictures, kept on disk
+# The index: their vectors, on disk
 # --------------------------------------------------------------------------------------------------
 
 def fingerprint(model):
-    """Of what decides an image's vector: another model, or a later checkpoint, has another one."""
+    """Of what decides an image's vector: another checkpoint has another one."""
     digest = hashlib.sha1(repr(model.config).encode())
     for part in (model.vision, model.vision_proj):
         for parameter in part.state_dict().values():
@@ -81,61 +92,45 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-def read_index(place, model):
-    """{(name, *stamp): vector (E,)}. Empty where there is no index, a damaged one, or one of
-    another model."""
+def read_index(place, model_print):
+    """-> {key: vector (E,)}; empty where the index is missing, damaged or of another model."""
     try:
         with np.load(place) as index:
-            if index["model"] == model:
-                keys = zip(index["names"].tolist(), *index["stamps"].T.tolist())
-                return dict(zip(keys, index["vectors"], strict=True))        # (I, E) -> I of (E,)
+            if index["model"] == model_print:
+                return dict(zip(index["keys"].tolist(), index["vectors"], strict=True))
     except Exception:                           # broad: a damaged archive raises almost anything
         pass
     return {}
 
 
-def write_index(place, model, vectors):
-    """vectors {(name, *stamp): vector (E,)}"""
-    names, *stamps = zip(*vectors)
-    with replacing(place) as file:
-        np.savez(file, model=model, names=names, stamps=np.stack(stamps, 1),
-                 vectors=np.stack(list(vectors.values())))                   # (I, E)
-
-
-def encode_pictures(model, pictures, good, bad):
-    """Yields (picture, vector (E,)). What can be read goes to the list `good`; where a picture
-    cannot, the reason goes to the list `bad`."""
-    read = functools.partial(read_picture, size=model.config.image_size)
-    images = evaluate.readable(read, evaluate.bar(pictures, "pictures"), good, bad)
-    with torch.inference_mode():
-        for view in evaluate.image_batches(model, images):
-            yield from zip(good[-len(view.vectors):], view.vectors.cpu().numpy())
+def write_arrays(file, **arrays):
+    raw = io.BytesIO()
+    np.savez(raw, **arrays)
+    data.write_output(file, raw.getbuffer())
 
 
 def index_pictures(model, pictures, place):
-    """-> (the pictures that can be read, their vectors (I, E)). Only those are encoded that the
-    index at `place` does not hold; then it holds these pictures and no others. Those that cannot
-    be read are named on stderr."""
-    # Where a picture lies, seen from the index, and a stamp that changes when its file does.
-    folder = os.path.dirname(os.path.abspath(place))
-    keys = {picture.name: (os.path.relpath(picture.name, folder), *picture.stamp)
+    """-> (the pictures that can be read, their vectors (I, E)). Encodes only those that the index
+    at `place` lacks. Then the index holds these pictures and no others."""
+    # A key: the path as seen from the index, and what changes when the file does.
+    keys = {picture.name: f"{os.path.relpath(picture.name, place.parent)} {picture.stamp}"
             for picture in pictures}
     model_print = fingerprint(model)
-    index = read_index(place, model_print)
+    before = read_index(place, model_print)
+    index = {key: before[key] for key in keys.values() if key in before}
     new = [picture for picture in pictures if keys[picture.name] not in index]
-    changed = bool(index.keys() - keys.values())
     bad = []
     try:
-        for picture, vector in encode_pictures(model, new, [], bad):
+        for picture, vector in encode_pictures(model, new, bad):
             index[keys[picture.name]] = vector
-            changed = True
     finally:                                    # Ctrl-C keeps what is done
-        index = {key: index[key] for key in keys.values() if key in index}
-        if index and changed:
-            write_index(place, model_print, index)
+        if index and index.keys() != before.keys():
+            write_arrays(place, model=model_print, keys=list(index),
+                         vectors=np.stack(list(index.values())))
     evaluate.report_bad(bad, len(pictures))
     good = [picture for picture in pictures if keys[picture.name] in index]
-    return good, torch.from_numpy(np.stack(list(index.values())))            # (I, E)
+    vectors = np.stack([index[keys[picture.name]] for picture in good])
+    return good, torch.from_numpy(vectors)                                   # (I, E)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,14 +144,14 @@ class Library(NamedTuple):
     pictures: list
     vectors: torch.Tensor               # (I, E)
 
+    @torch.inference_mode()
     def best(self, queries, top):
         """[(cosine, number)] of the `top` best pictures, for each query."""
-        with torch.inference_mode():
-            texts, place = evaluate.encode_texts(self.model, self.tokenizer, queries)
-            return self.nearest(texts.vectors[place].cpu(), top)
+        texts, place = evaluate.encode_texts(self.model, self.tokenizer, queries)
+        return self.nearest(texts.vectors[place].cpu(), top)
 
     def like(self, number, top):
-        """The same for a picture; it comes first itself."""
+        """The same for a picture, which comes first itself."""
         return self.nearest(self.vectors[number:number + 1], top)[0]
 
     def nearest(self, vectors, top):
@@ -171,39 +166,34 @@ class Library(NamedTuple):
         return image
 
     def map(self, kind, number, query, size):
-        """The picture, darkened where a map of evaluate is low. kind: "cosine" or "attention"."""
+        """The same, bright where a map of evaluate is high. kind: "cosine" or "attention"."""
+        make = {"cosine": evaluate.cosine_map, "attention": evaluate.attention_map}[kind]
         image = self.image(number, size)
-        maps = {"cosine": evaluate.cosine_map, "attention": evaluate.attention_map}
-        parts = maps[kind](self.model, self.tokenizer, image, query)         # (side, side)
-        parts = parts.clamp(min=0) / parts.max().clamp(min=1e-9)
-        light = Image.fromarray((255 * parts).byte().cpu().numpy()).resize(image.size)
-        return Image.composite(image, image.point(lambda value: DARK * value), light)
+        return evaluate.lit(image, make(self.model, self.tokenizer, image, query))
 
     def name(self, number):
         return printable(os.path.basename(self.pictures[number].name))
 
-    def told(self, query):
+    def heading(self, query):
         """The query, and that it is cut, where it is."""
         longest = evaluate.longest_text(self.model)
-        if len(self.tokenizer.encode(query, None)) <= longest:
-            return query
-        return f"{query} (cut at {longest} tokens)"
+        is_cut = len(self.tokenizer.encode(query, None)) > longest
+        return f"{query} (cut at {longest} tokens)" if is_cut else query
 
 
 def open_library(args, device):
-    """Reads the checkpoint, and indexes the pictures."""
+    """Reads the checkpoint and indexes the pictures."""
     origin = args.images
     if not os.path.exists(origin):                                           # a pattern
         origin = parse_all([origin])[0].files[0]
-    place = place_beside(origin, ".vectors.npz", args.cache)
-    found = find_pictures(args.images)
+    if args.cache:
+        os.makedirs(args.cache, exist_ok=True)
+    place = pathlib.Path(place_beside(origin, ".vectors.npz", args.cache))
+    if not os.access(place.parent, os.W_OK):
+        raise ValueError(f"index {place} cannot be written: name a folder with --cache")
+    found = find_pictures(args.images, args.cache)
     model, tokenizer, _ = evaluate.load(args.ckpt, device)
-    try:
-        pictures, vectors = index_pictures(model, found, place)
-    except OSError as error:
-        raise ValueError(f"index {place} cannot be written ({error.strerror}): name a folder with "
-                         f"--cache") from None
-    return Library(model, tokenizer, pictures, vectors)
+    return Library(model, tokenizer, *index_pictures(model, found, place))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,27 +212,19 @@ def answer_queries(library, queries, top, file):
     body = []
     lines = []
     for query, hits in zip(queries, library.best(queries, top)):
-        told = library.told(query)
-        lines.append(told)
+        heading = library.heading(query)
+        lines.append(heading)
         figures = []
         for rank, (cosine, number) in enumerate(hits, 1):
             lines.append(f"{rank:4}  {cosine:6.3f}  {library.pictures[number].name}")
             name = library.name(number)
             source = serve.picture_url(library.image(number, THUMBNAIL))
             figures.append(serve.figure(source, name, f"{rank}. {html.escape(name)} {cosine:.3f}"))
-        body.append(serve.results(told, figures))
+        body.append(serve.results(heading, figures))
     # Before the lines, whose reader may end (| head).
     page = serve.page("Pictures by sentences", "".join(body))
     data.write_output(file, page.encode())
     print(*lines, f"\nwrote {file}", sep="\n")
-
-
-def run_server(library, port):
-    with serve.open_server(port) as server:
-        server.site = serve.Site(library)
-        print(f"{len(library.pictures):,} pictures at http://127.0.0.1:{server.server_port}/ "
-              "(Ctrl-C ends it)", flush=True)
-        server.serve_forever()
 
 
 def search(args, device):
@@ -253,14 +235,16 @@ def search(args, device):
         serve.open_server(args.serve).server_close()
     library = open_library(args, device)
     if args.features:
-        names = [(picture.name, *picture.stamp) for picture in library.pictures]
-        vectors = dict(zip(names, library.vectors.numpy()))
-        write_index(args.features, fingerprint(library.model), vectors)
+        write_arrays(args.features, names=[picture.name for picture in library.pictures],
+                     vectors=library.vectors.numpy())
         print(f"wrote {args.features}")
     if args.queries:
         answer_queries(library, args.queries, args.top, args.html)
     if args.serve is not None:
-        run_server(library, args.serve)
+        with serve.open_server(args.serve, library) as server:
+            print(f"{len(library.pictures):,} pictures at http://127.0.0.1:{server.server_port}/ "
+                  "(Ctrl-C ends it)", flush=True)
+            server.serve_forever()
 
 
 def main(argv=None):
@@ -280,7 +264,7 @@ def main(argv=None):
         help=f"open a page at http://127.0.0.1:PORT/ (default: {PORT})")
     add("--features", type=pathlib.Path, metavar="FILE",
         help="write names and vectors, for numpy.load")
-    add("--cache", metavar="DIR", help="folder for the index (default: beside the pictures' folder)")
+    add("--cache", metavar="DIR", help="folder of the index (default: beside that of the pictures)")
     args = parser.parse_args(argv)
     if not args.queries and args.serve is None and not args.features:
         parser.error("there are no queries: name some, or --serve, or --features FILE")

@@ -1,10 +1,10 @@
 """The page of search.py: the HTML of results, and a server of it for this computer alone.
 
-    /?q=TEXT  /?like=N             results of a text; pictures that are like picture N
+    /?q=TEXT                       pictures for a text
+    /like/N                        pictures that are like picture N
     /look/N?q=TEXT                 picture N, and which parts of it speak for the text
-    /small/N  /large/N             picture N
-    /cosine/N?q=  /attention/N?q=  picture N, darkened where evaluate.cosine_map or .attention_map
-                                   is low
+    /picture/N                     picture N itself
+    /cosine/N?q=  /attention/N?q=  the same, darkened where that map of evaluate.py is low
 
 The server reads and never writes. A picture has a number, so no path comes from outside. It listens
 on 127.0.0.1 and answers requests that name it by this address or localhost: another site's name
@@ -12,7 +12,6 @@ that leads here (DNS rebinding) is refused, and another site's page may not show
 """
 import base64
 import functools
-import hashlib
 import html
 import http.server
 import io
@@ -23,11 +22,10 @@ import urllib.parse
 
 from formats.records import BadRecord, printable, reason
 
-SMALL = 320                                     # pixels of the longer side
-LARGE = 800                                     # the same, alone on a page
+SIZE = 640                                      # pixels of a picture's longer side
 LONGEST = 1000                                  # characters of a query
 TOP = 24                                        # pictures on a page
-PATIENCE = 10                                   # seconds in which a request must arrive
+ADDRESS = re.compile("/(?:(like|look|picture|cosine|attention)/([0-9]{1,9}))?")
 MAPS = {"cosine": "Parts of the score: how much of the cosine comes from each patch.",
         "attention": "Fusion encoder: what its answer that both belong together owes to each patch "
                      "(cross-attention, times its gradient)."}
@@ -77,12 +75,10 @@ box.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(as
 
 def page(title, body, script=""):
     """A whole HTML page. Only `title` is escaped here."""
-    script = f"<script>{script}</script>" if script else ""
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            '<link rel="icon" href="data:,">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
-            f"<body>{body}{script}</body></html>")
+            f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
+            f"<style>{STYLE}</style></head><body>{body}{script}</body></html>")
 
 
 def figure(source, name, caption, link=None):
@@ -93,10 +89,10 @@ def figure(source, name, caption, link=None):
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def results(title, figures):
+def results(title, figures, kind="results"):
     """A heading and a grid of figures."""
     return (f'<h1 dir="auto">{html.escape(printable(title))}</h1>'
-            f'<div class="results">{"".join(figures)}</div>')
+            f'<div class="{kind}">{"".join(figures)}</div>')
 
 
 def jpeg(image):
@@ -114,117 +110,64 @@ def picture_url(image):
 # Answers
 # --------------------------------------------------------------------------------------------------
 
-class Refused(Exception):
-    """A request that gets a status and a line instead of a page."""
-
-    def __init__(self, status, line):
-        super().__init__(line)
-        self.status = status
+def quote(query):
+    return urllib.parse.quote(query, safe="")
 
 
-class Site:
-    """Path and query of a request -> (type, bytes). One thread at a time computes; the others wait.
-    library: search.Library"""
+def form(query):
+    return (f'<form action="/"><input name="q" type="search" value="{html.escape(query)}" '
+            f'dir="auto" maxlength="{LONGEST}" autocomplete="off" autofocus '
+            'aria-label="Search in any language" placeholder="Search in any language">'
+            "<button>Search</button></form>")
 
-    def __init__(self, library):
-        self.library = library
-        self.lock = threading.Lock()
-        # About 20 KB each. As somebody types, the same ones are asked for again.
-        self.small = functools.lru_cache(2000)(lambda number: jpeg(library.image(number, SMALL)))
 
-    def answer(self, path, words):
-        """words: {"q": TEXT, "like": N}, each of them or not. Refused where there is no answer."""
-        query = words.get("q", "").strip()
-        if len(query) > LONGEST:
-            raise Refused(414, f"a query has at most {LONGEST:,} characters, not {len(query):,}")
-        parts = re.fullmatch(r"/(?:(small|large|look|cosine|attention)/([0-9]{1,9}))?", path)
-        if not parts:
-            raise Refused(404, "no such page")
-        what, number = parts.groups()
-        with self.lock:
-            try:
-                if not what:
-                    return "text/html", self.found(query, words.get("like")).encode()
-                number = self.number(number)
-                if what == "look":
-                    return "text/html", self.look(number, query).encode()
-                if what == "small":
-                    return "image/jpeg", self.small(number)
-                return "image/jpeg", jpeg(self.picture(what, number, query))
-            except BadRecord as error:
-                raise Refused(404, f"this picture can no longer be read: {error}") from None
+def more_like(number):
+    return f'<a href="/like/{number}">more like this</a>'
 
-    def number(self, text):
-        """The number of a picture."""
-        if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(self.library.pictures):
-            raise Refused(404, "no such picture")
-        return int(text)
 
-    def picture(self, what, number, query):
-        if what == "large":
-            return self.library.image(number, LARGE)
-        if not query:
-            raise Refused(400, "for which text?")
-        return self.library.map(what, number, query, LARGE)
+def hit(name, number, cosine, query):
+    """A picture among results. cosine: None where no question was asked."""
+    score = "" if cosine is None else f" {cosine:.3f}"
+    return figure(f"/picture/{number}", name, f"{html.escape(name)}{score}<br>{more_like(number)}",
+                  f"/look/{number}?q={quote(query)}")
 
-    def found(self, query, like):
-        """The page of results; without a question it shows the first pictures."""
-        library = self.library
-        if like:
-            number = self.number(like)
-            title = f"Like {library.name(number)}"
+
+def looks(name, number, query):
+    """A picture alone, and what speaks for the query in it."""
+    figures = [figure(f"/picture/{number}", name, f"{html.escape(name)}<br>{more_like(number)}")]
+    for kind, meaning in MAPS.items() if query else ():
+        source = f"/{kind}/{number}?q={quote(query)}"
+        figures.append(figure(source, f"{name}. {meaning}", meaning))
+    return figures
+
+
+def answer_page(library, kind, number, query):
+    """library: search.Library; kind: "look", "like" or None -> HTML."""
+    name = library.name(number)
+    if kind == "look":
+        title = query or name
+        body = results(title, looks(name, number, query), "maps")
+    else:
+        if kind == "like":
+            title = f"Like {name}"
             found = library.like(number, TOP)
         elif query:
-            title = library.told(query)
+            title = library.heading(query)
             found = library.best([query], TOP)[0]
-        else:
+        else:                                   # the first pictures
             title = f"{len(library.pictures):,} pictures"
             found = [(None, i) for i in range(min(TOP, len(library.pictures)))]
-        figures = [self.hit(rank, *hit, query) for rank, hit in enumerate(found, 1)]
-        body = f"<main>{results(title, figures)}</main>"
-        return page(title, self.form(query) + body, SCRIPT)
-
-    def hit(self, rank, score, number, query):
-        name = self.library.name(number)
-        order = "" if score is None else f"{rank}. "
-        cosine = "" if score is None else f" {score:.3f}"
-        caption = (f"{order}{html.escape(name)}{cosine}<br>"
-                   f'<a href="/?like={number}">more like this</a>')
-        link = f"/look/{number}?q={urllib.parse.quote(query)}"
-        return figure(f"/small/{number}", name, caption, link)
-
-    def form(self, query):
-        return (f'<form action="/"><input name="q" type="search" value="{html.escape(query)}" '
-                f'dir="auto" maxlength="{LONGEST}" autocomplete="off" autofocus '
-                'aria-label="Search in any language" placeholder="Search in any language">'
-                "<button>Search</button></form>")
-
-    def look(self, number, query):
-        name = self.library.name(number)
-        figures = [figure(f"/large/{number}", name, html.escape(self.library.pictures[number].name)
-                          + f'<br><a href="/?like={number}">more like this</a>')]
-        if query:
-            for what, meaning in MAPS.items():
-                source = f"/{what}/{number}?q={urllib.parse.quote(query)}"
-                figures.append(figure(source, f"{name}: {meaning}", html.escape(meaning)))
-        title = query or name
-        body = (f'<main><h1 dir="auto">{html.escape(title)}</h1>'
-                f'<div class="maps">{"".join(figures)}</div></main>')
-        return page(title, self.form(query) + body, SCRIPT)
+        body = results(title, [hit(library.name(i), i, cosine, query) for cosine, i in found])
+    return page(title, f"{form(query)}<main>{body}</main>", f"<script>{SCRIPT}</script>")
 
 
 # --------------------------------------------------------------------------------------------------
 # The server
 # --------------------------------------------------------------------------------------------------
 
-def csp_hash(text):
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
 HEADERS = {
-    "Content-Security-Policy": f"default-src 'none'; img-src 'self' data:; connect-src 'self'; "
-                               f"style-src {csp_hash(STYLE)}; script-src {csp_hash(SCRIPT)}; "
-                               "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    # Nothing is fetched from other places, nor sent there.
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; form-action 'self'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -232,50 +175,86 @@ HEADERS = {
 }
 
 
+class Refused(Exception):
+    """The status of a request that gets no answer, and why."""
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    timeout = PATIENCE
+    timeout = 10                                # seconds in which a request must arrive
     server_version = "search"
     sys_version = ""
-    error_content_type = "text/plain; charset=utf-8"
-    error_message_format = "%(code)d %(message)s\n"
+    # SCRIPT expects <main>. send_error escapes what it fills in.
+    error_message_format = page("Refused", '<main><p role="alert">%(explain)s</p>'
+                                '<a href="/">Search</a></main>').replace("100%", "100%%")
 
     def do_GET(self):
         try:
-            kind, body = self.server.site.answer(*self.request_words())
-            status = 200
+            body = self.server.answer(*self.address())
         except Refused as error:
-            status, kind, body = error.status, "text/html", refusal(error)
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8" if "text" in kind else kind)
+            status, why = error.args
+            self.send_error(status, explain=why)
+            return
+        kind = "image/jpeg"
+        if isinstance(body, str):
+            kind = "text/html; charset=utf-8"
+            body = body.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
-        for header, value in HEADERS.items():
-            self.send_header(header, value)
         self.end_headers()
         self.wfile.write(body)
 
-    def request_words(self):
-        """-> path, {name: value}."""
+    def address(self):
+        """-> (kind or None, number, query), checked."""
         port = self.server.server_port
         if self.headers.get_all("Host") not in ([f"127.0.0.1:{port}"], [f"localhost:{port}"]):
             raise Refused(403, "this server answers to 127.0.0.1 and localhost only")
         try:
             url = urllib.parse.urlsplit(self.path)
-            pairs = urllib.parse.parse_qsl(url.query, errors="strict", max_num_fields=9)
+            words = urllib.parse.parse_qsl(url.query, errors="strict")
         except ValueError:
             raise Refused(400, "this is not an address in UTF-8") from None
-        return url.path, dict(pairs)
+        query = dict(words).get("q", "").strip()
+        if len(query) > LONGEST:
+            raise Refused(414, f"a query has at most {LONGEST:,} characters, not {len(query):,}")
+        found = ADDRESS.fullmatch(url.path)
+        number = int(found[2] or 0) if found else 0
+        if not found or number >= len(self.server.library.pictures):
+            raise Refused(404, "no such page")
+        if found[1] in MAPS and not query:
+            raise Refused(400, "for which text?")
+        return found[1], number, query
+
+    def end_headers(self):
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
 
     def log_message(self, *_):
         """A request for each letter is no news."""
 
 
-def refusal(error):
-    line = html.escape(printable(str(error)))
-    return page("Refused", f'<main><p role="alert">{line}</p><a href="/">Search</a></main>').encode()
-
-
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+
+    def __init__(self, port, library):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.library = library
+        self.lock = threading.Lock()            # one thread at a time computes; the others wait
+        # About 60 KB each. As somebody types, the same ones are asked for again.
+        self.picture = functools.lru_cache(1000)(lambda number: jpeg(library.image(number, SIZE)))
+
+    def answer(self, kind, number, query):
+        """-> HTML (str) or a JPEG (bytes)."""
+        with self.lock:
+            try:
+                if kind == "picture":
+                    return self.picture(number)
+                if kind in MAPS:
+                    return jpeg(self.library.map(kind, number, query, SIZE))
+                return answer_page(self.library, kind, number, query)
+            except BadRecord as error:
+                raise Refused(404, f"this picture can no longer be read: {error}") from None
 
     def handle_error(self, request, client_address):
         """What fails in a request is one line. That the other side left is none."""
@@ -284,10 +263,9 @@ class Server(http.server.ThreadingHTTPServer):
             print("error:", reason(error), file=sys.stderr)
 
 
-def open_server(port):
-    """-> Server, whose attribute `site` is still to be set. port 0: a free one. ValueError where the
-    port cannot be had."""
+def open_server(port, library=None):
+    """port 0: a free one. ValueError where the port cannot be had."""
     try:
-        return Server(("127.0.0.1", port), Handler)
+        return Server(port, library)
     except (OSError, OverflowError) as error:
         raise ValueError(f"--serve {port}: {reason(error)}") from None

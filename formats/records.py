@@ -132,28 +132,12 @@ VERSION = 0x354D4C4343              # of the index; also tells an index from ano
 
 def place_beside(path, suffix, cache=None):
     """Where what is known of a file or folder is kept: beside it, hidden, so that no pattern names
-    it; or in the folder `cache`, where names say which of several files is meant."""
+    it; or in the folder `cache`."""
     path = os.path.abspath(path)
-    folder, name = os.path.split(path)
-    name = f".{name}{suffix}"
-    if cache:
+    name = f".{os.path.basename(path)}{suffix}"
+    if cache:                                                       # files may have the same name
         return os.path.join(cache, hashlib.sha1(os.fsencode(path)).hexdigest()[:12] + name)
-    return os.path.join(folder, name)
-
-
-@contextlib.contextmanager
-def replacing(place):
-    """Opens a file under another name, to write, and renames it: another process sees a whole file
-    or none. Two that do this at the same time do it twice."""
-    temporary = f"{place}.{uuid.uuid4().hex}.tmp"                   # also on a shared disk
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(place)), exist_ok=True)
-        with open(temporary, "wb") as out:
-            yield out
-        os.replace(temporary, place)
-    finally:
-        with contextlib.suppress(OSError):                          # there when something failed
-            os.unlink(temporary)
+    return os.path.join(os.path.dirname(path), name)
 
 
 def indexed(path, scan, cache=None, label=""):
@@ -188,17 +172,25 @@ def mapped(place):
 
 
 def write_index(path, scan, place, stamp):
+    """Written under another name and renamed: another process sees a whole index or none. Two that
+    do this at the same time do it twice, with the same result."""
+    temporary = f"{place}.{uuid.uuid4().hex}.tmp"                   # also on a shared disk
     try:
-        with replacing(place) as out, open(path, "rb") as file, tqdm(
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        with open(path, "rb") as file, open(temporary, "wb") as out, tqdm(
                 desc=f"indexing {path}", total=stamp[1], unit="B", unit_scale=True, leave=False,
                 disable=not sys.stderr.isatty()) as bar:
             for position, numbers in scan(file, stamp[1]):
                 out.write(numbers.astype(np.int64).tobytes())
                 bar.update(position - bar.n)
             out.write(np.array(stamp).tobytes())
+        os.replace(temporary, place)
     except OSError as error:
         raise ValueError(f"index {place} cannot be written ({error.strerror}): name a folder with "
                          f"--cache") from None
+    finally:
+        with contextlib.suppress(OSError):                          # there when something failed
+            os.unlink(temporary)
 
 
 def scan_lines(file, size):

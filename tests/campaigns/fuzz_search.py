@@ -37,7 +37,7 @@ SECRET = b"this must not be read"
 FORM = re.compile(rb"(?P<page>HTTP/1.0 200 )|(?P<refused>HTTP/1.0 (?:400|403|404|414|431|501|505) )|"
                   rb"(?P<HTTP_09>4\d\d |5\d\d |<!doc|\xff\xd8)|(?P<nothing>$)")
 OUT = ["../secret.txt", "..%2fsecret.txt", "%2e%2e/secret.txt", "/etc/passwd", "//etc/passwd", "....//secret.txt",
-       "..\\secret.txt", "secret.txt%00.png", "file:///etc/passwd", "small/../../secret.txt", "small/1/../../secret.txt"]
+       "..\\secret.txt", "secret.txt%00.png", "file:///etc/passwd", "picture/../../secret.txt", "picture/1/../../secret.txt"]
 NUMBERS = ["-1", "6", "999999999", "9" * 40, "1e3", "0x1", "1.5", "", " ", "٣", "1;ls", "nan", "0/..", "00000000000001"]
 TEXTS = ["%ff%fe", "%00", "a" * 999, "a" * 1001, "%ed%a0%80", "🐕" * 300, "<script>alert(1)</script>", "'\"--", "%", "%zz",
          "\u202e\u0007", "{}{0}%s%n", "%0d%0aSet-Cookie:%20a=b", "a&q=b&like=1", "&" * 50, "   "]
@@ -50,15 +50,15 @@ METHODS = ["POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "CONNECT", "PATC
 def bad_request(draw, port):
     """-> bytes. Most are nearly right: one thing is wrong in them, or two."""
     method, head, version = "GET", b"Host: 127.0.0.1:%d\r\n", draw.choice(["HTTP/1.0", "HTTP/1.1"])
-    target = draw.choice(["/", "/?q=dog", "/small/0", "/look/1?q=dog", "/cosine/1?q=dog", "/attention/2?q=dog"])
+    target = draw.choice(["/", "/?q=dog", "/picture/0", "/look/1?q=dog", "/cosine/1?q=dog", "/attention/2?q=dog"])
     for _ in range(draw.choice([1, 1, 2])):
         kind = draw.randrange(8)
         if kind == 0:
-            target = draw.choice(["/", "", "/small/", "/look/"]) + draw.choice(OUT)
+            target = draw.choice(["/", "", "/picture/", "/look/"]) + draw.choice(OUT)
         elif kind == 1:
-            target = draw.choice(["/small/", "/large/", "/look/", "/cosine/", "/attention/", "/?like="]) + draw.choice(NUMBERS)
+            target = draw.choice(["/picture/", "/like/", "/look/", "/cosine/", "/attention/"]) + draw.choice(NUMBERS)
         elif kind == 2:
-            target = draw.choice(["/?q=", "/look/1?q=", "/cosine/1?q=", "/attention/1?q=", "/?like="]) + draw.choice(TEXTS)
+            target = draw.choice(["/?q=", "/look/1?q=", "/cosine/1?q=", "/attention/1?q=", "/like/1?q="]) + draw.choice(TEXTS)
         elif kind == 3:
             head = draw.choice(HEADS)
         elif kind == 4:
@@ -97,8 +97,7 @@ def get(port, target, host=None):
 @contextlib.contextmanager
 def running(library):
     """A server in a thread -> its port."""
-    with serve.open_server(0) as server:
-        server.site = serve.Site(library)
+    with serve.open_server(0, library) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -150,7 +149,7 @@ def tiny_library(folder):
         row["image"].save(f"{folder}/{i}.png")
     pictures = search.find_pictures(folder)
     model = CCLM(config).eval()
-    vectors = [torch.from_numpy(vector) for _, vector in search.encode_pictures(model, pictures, [], [])]
+    vectors = [torch.from_numpy(vector) for _, vector in search.encode_pictures(model, pictures, [])]
     return search.Library(model, tokenizer, pictures, torch.stack(vectors))
 
 
