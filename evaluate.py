@@ -67,6 +67,7 @@ BATCH = 256                             # at most so many images or texts, and q
 ROWS = 1 << 13                          # about so many tokens are encoded or fused at once
 STATES = 640 << 20                      # bytes of token states that are kept
 SMALL = 2000                            # images that a validation keeps, resized
+DARK = 0.2                              # brightness where a map is lowest
 LOG_ODDS_WEIGHT = 0.25                  # of the match head's log-odds in re-ranking
 
 
@@ -616,6 +617,75 @@ def print_task(task, report):
     for regime, rows in task.published.items():
         shown = ", ".join(f"{model} {value}" for model, value in rows.items())
         print(f"published, {regime}, {task.published_as}: {shown}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Which part of an image speaks for a text
+# --------------------------------------------------------------------------------------------------
+
+def patch_grid(model, parts):
+    """parts (P,) of an image -> those of its patches, row by row (side, side). Row 0, which stands
+    for the whole image, is left out."""
+    side = model.config.image_size // model.config.patch_size
+    return parts[1:].view(side, side)
+
+
+@torch.inference_mode()
+def cosine_map(model, tokenizer, image, text):
+    """How much of the cosine of an RGB image and a text comes from each patch? -> (side, side).
+
+    Where the image's vector is of the mean of its states (pool="mean", BEiT-2), it is a sum over
+    patches, and so is the cosine. Else this says how alike each patch and the text are."""
+    view = next(image_batches(model, [image]))                               # states (P, D)
+    sentence = next(text_batches(model, [tokenizer.encode(text, longest_text(model))]))
+    projected = model.vision_proj(view.states.float())                       # (P, D) -> (P, E)
+    parts = projected @ sentence.vectors[0]                                  # (P,)
+    return patch_grid(model, parts / len(parts) / projected.mean(0).norm())
+
+
+def attention_map(model, tokenizer, image, text):
+    """What does the match head's answer owe to each patch of an RGB image? -> (side, side).
+
+    In the last cross-attention the first token reads a sum over patches: weight times value. Each
+    term counts times the gradient of the log-odds of yes (Grad-CAM; arXiv 2107.07651, Figure 4).
+    The weights alone say less: much is read that does not matter. Not for two threads at once."""
+    cross = model.fusion.layers[-1].cross
+    kept = {}
+
+    def keep_inputs(module, given):
+        kept["x"], kept["y"], *_ = given
+
+    def keep_sum(module, given):
+        kept["sum"] = given[0].detach().requires_grad_()
+        return (kept["sum"],)
+
+    hooks = [cross.register_forward_pre_hook(keep_inputs),
+             cross.out.register_forward_pre_hook(keep_sum)]
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            view = next(image_batches(model, [image]))                       # states (P, D)
+            sentence = next(text_batches(model, [tokenizer.encode(text, longest_text(model))]))
+            first = torch.zeros(1, dtype=torch.long, device=view.states.device)
+            with torch.enable_grad(), inference_context(first.device):
+                no, yes = model.itm_head(model.fuse(sentence, view, first, first, first))[0]
+                gradient, = torch.autograd.grad(yes - no, kept["sum"])       # (1, D)
+            # The kernels do not return weights: they are computed again.
+            H = cross.heads
+            q = cross.q(kept["x"].float()).view(H, -1)                       # (1, D) -> (H, D/H)
+            k, v = cross.project(kept["y"].float(), cross.k, cross.v)        # (P, H, D/H)
+            scores = torch.einsum("hd,phd->hp", q, k) / q.shape[1] ** 0.5
+            parts = torch.einsum("hp,phd,hd->p", scores.softmax(1), v, gradient.float().view(H, -1))
+            return patch_grid(model, parts)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def lit(image, parts):
+    """An RGB image, darkened where a map (side, side) is low."""
+    parts = parts.clamp(min=0) / parts.max().clamp(min=1e-9)
+    light = Image.fromarray((255 * parts).byte().cpu().numpy()).resize(image.size)
+    return Image.composite(image, image.point(lambda value: DARK * value), light)
 
 
 # --------------------------------------------------------------------------------------------------

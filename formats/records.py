@@ -130,16 +130,23 @@ def other_layout(path, layouts=OTHERS):
 VERSION = 0x354D4C4343              # of the index; also tells an index from another file
 
 
+def place_beside(path, suffix, cache=None):
+    """Where what is known of a file or folder is kept: beside it, hidden, so that no pattern names
+    it; or in the folder `cache`."""
+    path = os.path.abspath(path)
+    name = f".{os.path.basename(path)}{suffix}"
+    if cache:                                                       # files may have the same name
+        return os.path.join(cache, hashlib.sha1(os.fsencode(path)).hexdigest()[:12] + name)
+    return os.path.join(os.path.dirname(path), name)
+
+
 def indexed(path, scan, cache=None, label=""):
     """The int64 numbers that scan(open file, its size) yields in pieces: (how far it is, array).
 
     They are kept on disk and made again when the size or time of `path` changes. The array that
     comes back is a view of that file: a number is read when it is asked for."""
     path = os.path.abspath(path)
-    name = f".{os.path.basename(path)}{label}.index"                # hidden: no pattern names it
-    place = os.path.join(os.path.dirname(path), name)
-    if cache:                                                       # files may have the same name
-        place = os.path.join(cache, hashlib.sha1(os.fsencode(path)).hexdigest()[:12] + name)
+    place = place_beside(path, f"{label}.index", cache)
     stamp = stamp_of(os.stat(path))
     with contextlib.suppress(OSError):                              # there may be no index yet
         numbers = mapped(place)

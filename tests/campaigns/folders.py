@@ -231,9 +231,9 @@ def evaluated(arguments, places):
 
 def searched(arguments):
     found = {}
-    for name, read in (shown for argument in arguments for shown in search.find_pictures(argument)):
-        with contextlib.suppress(Exception):                                 # as in search.encode_pictures
-            found[printable(name)] = images.open_image(read(), 16), None
+    for picture in (picture for argument in arguments for picture in search.find_pictures(argument)):
+        with contextlib.suppress(BadRecord):
+            found[printable(picture.name)] = search.read_picture(picture, 16), None
     return found
 
 
