@@ -6,6 +6,7 @@ solution is applied. A solution is a patch of at most 40 changed lines:
     python tests/exercises/check.py             all five
     python tests/exercises/check.py queue       one of them
 """
+import contextlib
 import os
 import pathlib
 import re
@@ -16,7 +17,7 @@ import tempfile
 import pytest
 import torch
 import torch._dynamo                            # slow to import: once, before the children of
-import torch.distributed                        # `passes`, which need it
+import torch.distributed                        # `failing`, which need it
 import torch.utils.flop_counter
 
 HERE = pathlib.Path(__file__).parent
@@ -45,66 +46,76 @@ def apply(name, root):
         (root / file).write_text(text.replace(old, new), "utf-8")
 
 
-def copy_code(root):
-    """Copies the code, and not what else lies here: runs, pictures, a virtual environment."""
-    for file in ROOT.glob("*.py"):
-        shutil.copy2(file, root)
-    for folder in ("demo", "formats", "kernels", "tasks", "tests"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("fixtures"))
-
-
 def changed_lines(name):
     text = (HERE / "solutions" / f"{name}.patch").read_text("utf-8")
     return len(re.findall(r"^(?:-(?!-- )|\+(?!\+\+ ))", text, re.M))
 
 
-def passes(name, root):
-    """Does the test of an exercise pass in this copy? In a child, which imports the copy's files."""
+def failing(names, root):
+    """Those of the exercises whose tests fail in this copy, and what pytest printed. In a child,
+    which imports the copy's files."""
+    printed = root / "printed.txt"
     child = os.fork()
     if child == 0:
         os.chdir(root)
         sys.path[0] = str(root)
-        out = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        os._exit(pytest.main(["-q", "-x", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={root}",
-                              f"tests/exercises/test_{name}.py"]))
+        file = os.open(printed, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        tests = [f"tests/exercises/test_{name}.py" for name in names]
+        os._exit(pytest.main(["-rfE", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={root}",
+                              *tests]))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status not in (0, 1):
-        raise ValueError(f"pytest ended with {status}:\n{(root / 'out.txt').read_text()}")
-    return status == 0
+    text = printed.read_text("utf-8")
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise ValueError(f"pytest ended with {status}:\n{text}")
+    found = re.findall(r"^(?:FAILED|ERROR) tests/exercises/test_(\w+)\.py", text, re.M)
+    return set(found), text
 
 
-def check(name, root):
-    """A line that says what is wrong, or None."""
+def wrong(name, unsolved, root):
+    """What is wrong with an exercise, or None. unsolved: those whose tests fail without solution;
+    root: a copy of the code."""
     if changed_lines(name) > MOST:
         return f"the solution changes {changed_lines(name)} lines, more than {MOST}"
-    if passes(name, root):
+    if name not in unsolved:
         return "the test passes without the solution: is the exercise solved here?"
     try:
         apply(name, root)
     except ValueError as error:
         return str(error)
-    if not passes(name, root):
-        return "the test fails with the solution:\n" + (root / "out.txt").read_text()
-    return None
+    still, printed = failing([name], root)
+    return f"the test fails with the solution:\n{printed}" if still else None
+
+
+@contextlib.contextmanager
+def copied():
+    """A temporary copy of the code, without what else lies here: runs, pictures, environments."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        for file in ROOT.glob("*.py"):
+            shutil.copy2(file, root)
+        for part in ("demo", "formats", "kernels", "tasks", "tests"):
+            shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("fixtures"))
+        yield root
 
 
 def main():
     torch.set_num_threads(1)
-    failed = False
-    unknown = set(sys.argv[1:]) - set(NAMES)
+    names = sys.argv[1:] or NAMES
+    unknown = sorted(set(names) - set(NAMES))
     if unknown:
-        print(f"error: no exercise {' '.join(sorted(unknown))}: choose {', '.join(NAMES)}",
-              file=sys.stderr)
+        print(f"error: no exercise {' '.join(unknown)}: choose {', '.join(NAMES)}", file=sys.stderr)
         return 2
-    for name in sys.argv[1:] or NAMES:
-        with tempfile.TemporaryDirectory() as folder:
-            copy_code(pathlib.Path(folder))
-            wrong = check(name, pathlib.Path(folder))
-        print(f"{name:16}{changed_lines(name):3} changed lines; {wrong or 'fails before, passes after'}")
-        failed = failed or wrong is not None
-    return int(failed)
+    with copied() as root:
+        unsolved, _ = failing(names, root)
+    results = {}
+    for name in names:
+        with copied() as root:
+            results[name] = wrong(name, unsolved, root)
+        says = results[name] or "fails without the solution, passes with it"
+        print(f"{name:16}{changed_lines(name):3} changed lines; {says}")
+    return int(any(results.values()))
 
 
 if __name__ == "__main__":

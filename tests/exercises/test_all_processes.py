@@ -25,9 +25,10 @@ Hint
     items, its own items have the numbers rank * B to rank * B + B - 1.
 
 Then
-    How many numbers does a process of eight now receive in a step of preset base, and how many did
-    it before? (480 images of 197 states of width 768, and the captions.) Is there a cheaper way?
-    (Only the drawn negatives must travel.)
+    How many numbers does a process hold after the gathers of a step of preset base, and how many
+    did it before? (480 images of 197 states of width 768 are 73 million, and the captions come on
+    top. Before, there were 480 vectors of 256.) Is there a cheaper way? (Only the drawn negatives
+    must travel.)
 """
 import pytest
 import torch

@@ -12,7 +12,8 @@ What to build
 
     A pair of different items with equal ids is left out, as in contrastive_loss.
 
-    1. losses.py: sigmoid_loss(a, b, temperature, bias) -> scalar, beside contrastive_loss.
+    1. losses.py: sigmoid_loss(a, b, temperature, bias) -> scalar, beside contrastive_loss. As
+       there, b's vectors of all processes come from gather_vectors.
     2. model.py: a field `sigmoid: bool = False` of Config. Where it is True, CCLM has a parameter
        `sigmoid_bias`, one number that starts at -10; elsewhere `sigmoid_bias` is None.
     3. losses.py: cross_view calls sigmoid_loss if the model has a sigmoid_bias.
@@ -25,8 +26,8 @@ How the test judges
     returns W x (its own sum) / N, and the mean over processes is the loss. At last cross_view.
 
 Hint
-    gather_vectors gives every process all b. Row i of its B rows has its true partner in column
-    rank * B + i. F.logsigmoid does not overflow.
+    Row i of the B rows of a process has its true partner in column rank * B + i. F.logsigmoid does
+    not overflow.
 
 Then
     python train.py --sigmoid --steps 500 --out out/sigmoid
