@@ -50,7 +50,7 @@ h1, h2 {font-size: 1.25rem; margin: 1rem 0 .5rem}
   gap: 1rem}
 figure {margin: 0; break-inside: avoid}
 img {display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #8882;
-  border-radius: .5rem}
+  outline: 1px solid var(--line); border-radius: .5rem}
 figcaption {font-size: .875rem; padding-top: .25rem}
 @media (prefers-color-scheme: dark) {:root {--line: #fff4} a {color: #9cf}}
 @media print {form, figcaption a {display: none} .results {grid-template-columns: repeat(5, 1fr)}}

@@ -293,7 +293,7 @@ def test_the_attention_map_is_what_the_log_odds_lose_with_a_patch(tokenizer, mon
     image, cross = emoji.split("val")[0]["image"], model.fusion.layers[-1].cross
     found = evaluate.attention_map(model, tokenizer, image, "a dog")
     token_ids, starts = data.pack([tokenizer.encode("a dog")])
-    a = model.encode_image(images.normalise(torch.from_numpy(images.eval_transform(image, 32))[None]), None)
+    a = model.encode_image(images.normalise(torch.from_numpy(images.eval_transform(image, 32).copy())[None]), None)
     b, zero, less = model.encode_text(token_ids, starts, None), torch.zeros(1, dtype=torch.long), 1e-2
 
     def log_odds(patch):
