@@ -455,7 +455,7 @@ def write(path, scale=1.0):
     out.benchmark("marvl", marvl_block, marvl_files)
     out.benchmark("xflickrco", flickr_block, flickr_files)
     out.benchmark("wit", wit_block, functools.partial(wit_files, out))
-    guess = {name: best_without_pictures(splits["test"]) for name, splits in out.questions.items()}
+    guess = {name: without_pictures(splits["test"]) for name, splits in out.questions.items()}
     for name, content in (("drawings.json", out.shown), ("guess.json", guess)):
         (out.images / name).write_text(json.dumps(content, indent=0), encoding="utf-8")
     return out
@@ -470,11 +470,12 @@ def best_guess(seen, labels):
     return 100 * sum(max(found.values()) for found in counts.values()) / len(labels)
 
 
-def best_without_pictures(questions):
-    """% that the best guesser has who sees no picture: accuracy, or R@1."""
+def without_pictures(questions):
+    """% that the best guessers have who see "nothing" or the "text": accuracy, or R@1."""
     if questions[0].label is None:
-        return 100 / len(questions)
-    return guesses(questions)["text"]
+        return dict.fromkeys(("nothing", "text"), 100 / len(questions))
+    found = guesses(questions)
+    return {key: found[key] for key in ("nothing", "text")}
 
 
 def guesses(questions):
@@ -505,7 +506,7 @@ def print_summary(out):
     for name, splits in out.questions.items():
         counts = [sum(rows_of(q) for q in splits[split]) for split in ("train", "dev", "test")]
         line = f"{name:8}" + "".join(f"{count:8,}" for count in counts)
-        shown = f"nothing {best_without_pictures(splits['test']):.2f} (R@1)"
+        shown = f"nothing {without_pictures(splits['test'])['nothing']:.2f} (R@1)"
         if splits["test"][0].label is not None:
             shown = ", ".join(f"{k} {v:.1f}" for k, v in guesses(splits["test"]).items())
         print(f"{line}   {shown}")

@@ -43,7 +43,8 @@ GROUPS = {"English": ["en"],
           "other languages with images": [k for k in emoji.languages("seen") if k != "en"],
           "languages only in parallel text": emoji.languages("text_only"),
           "languages never in training": emoji.languages("never")}
-GUESS = "best without pictures"         # the row of demo/benchmark.py's guess.json
+# Rows of demo/benchmark.py's guess.json.
+GUESSES = {"always one answer": "nothing", "the best without pictures": "text"}
 QUICK_LANGUAGES = ["en", "de", "ja", "ar", "ru", "sw", "it", "uk"]
 QUICK = {"pretrained": ["--steps", "200", "--no-eval"], "task": ["--epochs", "2"]}
 
@@ -138,7 +139,7 @@ def cell(values, sign=""):
 def table(title, rows, columns):
     """rows: {name: [cell]} -> lines of Markdown, without the columns that no run fills."""
     kept = [k for k in range(len(columns)) if any(cells[k] for name, cells in rows.items()
-                                                  if name != GUESS)]
+                                                  if name not in GUESSES)]
     lines = [f"| {' | '.join([title, *(columns[k][0] for k in kept)])} |",
              f"|{'---|' * (len(kept) + 1)}"]
     for name, cells in rows.items():
@@ -153,7 +154,8 @@ def tables(args):
     seeds = range(args.seeds)
     lines = []
     for group, languages in GROUPS.items():
-        rows = {GUESS: [f"{guess[column[2]]:.1f}" for column in COLUMNS]}
+        rows = {name: [f"{guess[column[2]][seen]:.1f}" for column in COLUMNS]
+                for name, seen in GUESSES.items()}
         for variant in args.variants:
             rows[variant] = [cell([number(args.out, variant, seed, column, languages)
                                    for seed in seeds]) for column in COLUMNS]

@@ -12,6 +12,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+collect_ignore = ["exercises"]                       # they fail until they are solved: docs/course.md
 STARTED = contextlib.ExitStack()                     # ends what has started, also when the tests are interrupted
 
 

@@ -1,4 +1,4 @@
-"""The README is true: its commands, flags and files exist."""
+"""The README is true: its commands, flags and files exist. So are those of the course."""
 import functools
 import json
 import pathlib
@@ -11,6 +11,7 @@ import samples
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COURSE = (ROOT / "docs" / "course.md").read_text(encoding="utf-8")
 
 
 @functools.cache
@@ -20,8 +21,8 @@ def help_of(*command):
     return done.stdout.replace("\n", " \n")
 
 
-def test_every_path_and_flag_of_the_readmes_commands_exists():
-    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S))
+def test_every_path_and_flag_of_the_commands_exists():
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README + COURSE, re.S))
     commands = [line.split("#")[0] for line in blocks.splitlines() if re.search(r"\b\w+\.py\b", line)]
     assert len(commands) >= 5
     for command in commands:
@@ -30,6 +31,15 @@ def test_every_path_and_flag_of_the_readmes_commands_exists():
         first = [word for word in words.split()[:1] if word in ("tokenizer", "retrieval", "xvnli")]
         for flag in re.findall(r"(?<=\s)(--[a-z_-]+)", words):
             assert f"{flag} " in help_of(script, *first) or f"{flag}," in help_of(script, *first), (command, flag)
+
+
+def test_the_programs_of_the_course_name_what_exists():
+    """They need a trained model; so only what they import is run, and the rest is compiled."""
+    programs = re.findall(r"<<'END'\n(.*?)\nEND\n", COURSE, re.S)
+    assert len(programs) == 5
+    for program in programs:
+        compile(program, "docs/course.md", "exec")
+        exec("\n".join(re.findall(r"^(?:from|import) .*$", program, re.M)))
 
 
 def test_the_commands_of_other_layouts_make_json_lines_that_can_be_read(tmp_path):

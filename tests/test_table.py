@@ -21,7 +21,7 @@ def pretend(commands, fail_at=None):
         if len(commands) == fail_at:
             raise SystemExit("stopped")
         if command[0] == "-m":
-            files = {pathlib.Path(command[2], "images/guess.json"): dict.fromkeys(table.FINE_TUNED, 33.3)}
+            files = {pathlib.Path(command[2], "images/guess.json"): dict.fromkeys(table.FINE_TUNED, {"nothing": 20.0, "text": 33.3})}
         elif command[0] == "train.py":
             out = pathlib.Path(command[command.index("--out") + 1])
             files = {out / name: {} for name in ("ckpt.pt", "results.json", "best.pt")}
@@ -63,4 +63,5 @@ def test_the_tables_hold_mean_and_deviation_and_differences_seed_by_seed(tmp_pat
     assert "| English, % | xvnli | wit t2i | wit i2t | wit t2i, zero-shot | wit i2t, zero-shot |" in text
     assert "| full | 62.0 ± 2.8 | 22.0 ± 2.8 |" in text         # 60 and 64
     assert "| no matching | -10.0 ± 0.0 |" in text
+    assert "| the best without pictures | 33.3 | 33.3 |" in text
     assert "marvl" not in text                                  # what no run has is no column
