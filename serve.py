@@ -44,13 +44,13 @@ form {position: sticky; top: 0; z-index: 1; display: flex; gap: .5rem; padding: 
 input {flex: 1; min-width: 0}
 input, button {font: inherit; padding: .5rem .75rem; border: 1px solid var(--line);
   border-radius: .5rem}
-h1, h2 {font-size: 1.25rem; margin: 1rem 0 .5rem}
+h1 {font-size: 1.25rem; margin: 1rem 0 .5rem}
 .results {display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem}
 .maps {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr));
   gap: 1rem}
 figure {margin: 0; break-inside: avoid}
 img {display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #8882;
-  border-radius: .5rem}
+  outline: 1px solid var(--line); border-radius: .5rem}
 figcaption {font-size: .875rem; padding-top: .25rem}
 @media (prefers-color-scheme: dark) {:root {--line: #fff4} a {color: #9cf}}
 @media print {form, figcaption a {display: none} .results {grid-template-columns: repeat(5, 1fr)}}
@@ -132,9 +132,9 @@ def hit(name, number, cosine, query):
                   f"/look/{number}?q={quote(query)}")
 
 
-def looks(name, number, query):
+def looks(name, where, number, query):
     """A picture alone, and what speaks for the query in it."""
-    figures = [figure(f"/picture/{number}", name, f"{html.escape(name)}<br>{more_like(number)}")]
+    figures = [figure(f"/picture/{number}", name, f"{html.escape(where)}<br>{more_like(number)}")]
     for kind, meaning in MAPS.items() if query else ():
         source = f"/{kind}/{number}?q={quote(query)}"
         figures.append(figure(source, f"{name}. {meaning}", meaning))
@@ -146,7 +146,8 @@ def answer_page(library, kind, number, query):
     name = library.name(number)
     if kind == "look":
         title = query or name
-        body = results(title, looks(name, number, query), "maps")
+        where = printable(library.pictures[number].name)
+        body = results(title, looks(name, where, number, query), "maps")
     else:
         if kind == "like":
             title = f"Like {name}"

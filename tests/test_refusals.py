@@ -283,6 +283,8 @@ CASES = [
     ("top 0", {"a.pt": own(), "b/x.png": b"text"}, "search --ckpt a.pt --images b --top 0 dog", ["--top 0"]),
     ("an empty query", {"a.pt": own(), "b/x.png": b"text"}, "search --ckpt a.pt --images b '\u00a0'", ["is empty"]),
     ("a page that is a folder", {"a.pt": own(), "b/x.png": b"text"}, "search --ckpt a.pt --images b --html b dog", ["b cannot be written"]),
+    ("features in no folder", {}, "search --ckpt a.pt --images . --features none/f.npz", ["none/f.npz cannot be written"]),
+    ("a port that is none", {}, "search --ckpt a.pt --images . --serve 99999", ["--serve 99999: "]),
 ]
 
 

@@ -101,6 +101,14 @@ def test_pictures_deeper_inside_and_those_of_training_data_are_searched(checkpoi
     assert all("c.tar" in name for _, name in found[1])
 
 
+def test_a_picture_with_several_captions_is_one_picture(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(samples.jpeg(0))
+    lines = ['{"image": "x.jpg", "captions": {"en": "%s"}}\n' % text for text in ("a dog", "one dog")]
+    (tmp_path / "a.jsonl").write_text("".join(lines) + "no JSON\n" * 2)
+    found = search.find_pictures(str(tmp_path / "a.jsonl"))
+    assert [picture.name.split()[-1] for picture in found] == ["1", "3", "4"]
+
+
 def test_one_image_at_a_time_is_open(checkpoint, folder, monkeypatch):
     """Each is resized before the next is opened."""
     events = []
@@ -293,7 +301,7 @@ def test_the_attention_map_is_what_the_log_odds_lose_with_a_patch(tokenizer, mon
     image, cross = emoji.split("val")[0]["image"], model.fusion.layers[-1].cross
     found = evaluate.attention_map(model, tokenizer, image, "a dog")
     token_ids, starts = data.pack([tokenizer.encode("a dog")])
-    a = model.encode_image(images.normalise(torch.from_numpy(images.eval_transform(image, 32))[None]), None)
+    a = model.encode_image(images.normalise(torch.from_numpy(images.eval_transform(image, 32).copy())[None]), None)
     b, zero, less = model.encode_text(token_ids, starts, None), torch.zeros(1, dtype=torch.long), 1e-2
 
     def log_odds(patch):
