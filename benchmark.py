@@ -1,0 +1,373 @@
+"""What one training step costs on this machine. It needs no data, and writes no checkpoint.
+
+    python train.py --benchmark                                               the demo
+    torchrun --nproc_per_node=8 train.py --benchmark --preset base            eight GPUs
+    python train.py --benchmark --preset base --batch 8 --text_batch 8        what fits a CPU
+    ... --full --json FILE          sentences as long as the recipe allows; the numbers as a file
+
+The step is train.train_step, the flags are those of training, and batches come from data.Batches
+by its workers; but pixels and tokens are random, and the model is untrained. Captions have 14
+tokens on average, sentences of parallel text 25. Step by step:
+
+    seconds      median of MEASURED steps after WARM_UP, with the wait for data. Parallel text
+                 cannot be trained alone: its row is both streams minus the first
+    TFLOP        of matrix products of one process, counted in a step that is not timed
+    official     the same batch in the official code: padded to the recipe's limits, three passes
+                 of the fusion encoder (computed)
+    utilisation  TFLOP per second, as a share of what one large product of the same type reaches
+    shares       of one more step, by torch.profiler: hooks name the parts in the forward pass, and
+                 a part's backward pass is found by autograd's sequence numbers
+
+Letters: B examples per process, L tokens of a sequence, P patches + 1, D width, V vocabulary.
+"""
+import collections
+import contextlib
+import copy
+import json
+import math
+import pathlib
+import platform
+import time
+from functools import partial
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+from losses import world
+from model import training_dtype
+
+try:
+    import resource
+except ImportError:                                             # Windows
+    resource = None
+
+WARM_UP = 3
+MEASURED = 5
+STEPS = WARM_UP + MEASURED             # of one or of both streams
+
+# --------------------------------------------------------------------------------------------------
+# Synthetic data
+# --------------------------------------------------------------------------------------------------
+
+CAPTION = 14                            # tokens on average, with <s> and </s>: CC3M in XLM-R's
+SENTENCE = 25                           # tokens, and WikiMatrix
+
+
+class Tokenizer:
+    """What data.Batches asks of a tokenizer. Synthetic sentences are lists of ids already."""
+    model = b""
+
+    def __init__(self, size):
+        self.size = size                                                     # V
+        self.mask = size - 1
+
+    def encode(self, ids, longest=None):
+        return data.cut(ids, longest) if longest else ids
+
+
+class Synthetic:
+    """A dataset (data.Stream) of random sentences, paired with random images or sentences."""
+
+    def __init__(self, vocabulary, mean, pixels=None):
+        """mean: tokens of a sentence; inf: more than any limit. pixels: of an image, a side; None:
+        sentences instead."""
+        self.vocabulary = vocabulary
+        self.mean = mean
+        self.pixels = pixels
+
+    def __len__(self):
+        return 2 ** 20
+
+    def __getitem__(self, key):
+        index, rng = key
+        a = self.sentence(rng)
+        if self.pixels:
+            a = rng.integers(256, size=(3, self.pixels, self.pixels), dtype="uint8")
+        return a, self.sentence(rng), index
+
+    def sentence(self, rng):
+        # Lengths of real text have a long tail. The mean of this one, of exp(z / 2), is 1.13.
+        length = 512
+        if self.mean < math.inf:
+            length = 3 + round((self.mean - 3) / 1.13 * rng.lognormal(0, 0.5))
+        inner = rng.integers(data.UNKNOWN + 1, self.vocabulary - 1, size=length - 2)
+        return [data.BOS, *inner.tolist(), data.EOS]
+
+
+def datasets(args, config):
+    """Settings of train.py -> (dataset of images, dataset of parallel text or None)."""
+    V = config.vocabulary
+    images = Synthetic(V, math.inf if args.full else CAPTION, config.image_size)
+    texts = Synthetic(V, math.inf if args.full else SENTENCE)
+    return images, texts if args.parallel_text else None
+
+
+# --------------------------------------------------------------------------------------------------
+# FLOPs
+# --------------------------------------------------------------------------------------------------
+
+def addmm_flops(_, a, b, *args, **kwargs):
+    """Of addmm_, which torch does not count: a (n, k) @ b (k, m)."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def attention_flops(q, k, v, q_starts, k_starts, *args, **kwargs):
+    """Of the attention kernel's two products on real rows, q k^T and p v."""
+    pairs = (q_starts.diff().long() * k_starts.diff()).sum().item()
+    return 4 * pairs * q.shape[1] * q.shape[2]
+
+
+def attention_backward_flops(gradient, *args, **kwargs):
+    """Of the four products that its gradient is made of; those done again are not counted."""
+    return 2 * attention_flops(*args, **kwargs)
+
+
+def count_flops(run_step):
+    """FLOPs of the matrix products of run_step()."""
+    mapping = {torch.ops.aten.addmm_: addmm_flops}
+    if hasattr(torch.ops.cclm, "attention"):                    # its kernels are in use
+        # _get_raw: they want tensors, not only shapes.
+        attention_flops._get_raw = attention_backward_flops._get_raw = True
+        mapping[torch.ops.cclm.attention] = attention_flops
+        mapping[torch.ops.cclm.attention_backward] = attention_backward_flops
+    # The math backend is made of products that can be counted.
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        with sdpa_kernel(SDPBackend.MATH):
+            run_step()
+    return counter.get_total_flops()
+
+
+def official_flops(model, args, images):
+    """FLOPs of the official step for one process's batch of a stream: forward, and twice that
+    backward. All sentences have the longest length and as many masked tokens as the recipe allows.
+    Each of the pairs (one true, two false, one masked) projects keys and values for itself."""
+    c = model.config
+    D = c.width
+    B = (args.batch if images else args.text_batch) // world()[1]
+    L = min(args.caption_tokens if images else args.sentence_tokens, model.text.longest)
+    M = B * (args.caption_masked if images else args.sentence_masked)
+
+    def layer(L, S, width):
+        """Attention of B x L tokens to B x S, with its four projections, and an MLP (0: none)."""
+        return B * (2 * D * D * (2 * L + 2 * S) + 4 * L * S * D + 2 * L * 2 * D * width)
+    text = c.text_layers * layer(L, L, c.text_mlp)
+    if images:
+        P = (c.image_size // c.patch_size) ** 2 + 1
+        patches = copy.deepcopy(model.vision.patches).to("meta")
+        with FlopCounterMode(display=False) as counter:
+            patches(torch.empty(B, 3, c.image_size, c.image_size, device="meta"))
+        a = counter.get_total_flops() + c.vision_layers * layer(P, P, c.vision_mlp)
+    else:
+        P = L
+        a = text
+    pair = c.fusion_layers * (layer(L, L, c.fusion_mlp) + layer(L, P, 0))
+    vocabulary = 2 * M * D * (D + c.vocabulary)
+    return 3 * (a + 2 * text + 4 * pair + vocabulary)
+
+
+# --------------------------------------------------------------------------------------------------
+# Time and memory
+# --------------------------------------------------------------------------------------------------
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def product_rate(device, dtype):
+    """FLOP per second of one large matrix product: what utilisation is a share of."""
+    n, times = (8192, 10) if device.type == "cuda" else (2048, 1)
+    x, weight = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(7):
+        synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(times):
+            F.linear(x, weight)
+        synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * n ** 3 * times / median(seconds[2:])
+
+
+def peak_memory(device):
+    """Bytes that this process held at most: of the GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if platform.system() == "Darwin" else 1024         # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
+
+
+def timed(run, batches, step, streams):
+    """WARM_UP + MEASURED steps on the first `streams` streams -> (numbers of the median step, what
+    repeats it)."""
+    done = []
+    clock = time.perf_counter()
+    for number in range(STEPS):
+        image, text, stats = next(batches)
+        batch = [image, text if streams == 2 else None]
+        repeat = partial(step, run, batch, stats, number)
+        repeat()
+        synchronize(run.device)
+        now = time.perf_counter()
+        done.append((now - clock, run.waited, number, repeat, batch))
+        clock = now
+    # Steps have other lengths: all numbers are of the step that took the median time.
+    seconds, waited, _, repeat, batch = sorted(done[WARM_UP:])[MEASURED // 2]
+    samples = world()[1] * sum(len(stream["ids"]) for stream in batch if stream)
+    numbers = {"batch": samples, "seconds": seconds, "samples_per_s": samples / seconds,
+               "data_wait": 100 * waited / seconds, "peak_memory": peak_memory(run.device)}
+    return numbers | {"flops": count_flops(repeat)}, repeat
+
+
+# --------------------------------------------------------------------------------------------------
+# Shares of a step
+# --------------------------------------------------------------------------------------------------
+
+MODULES = {"vision": "vision", "text": "text", "fusion": "fusion", "text_fusion": "fusion",
+           "mlm_head": "vocabulary"}
+# Beginnings of names that torch gives, or losses.py.
+NAMES = {"VocabularyLoss": "vocabulary", "Optimizer.": "optimizer", "c10d::": "communication",
+         "gloo:": "communication", "nccl:": "communication"}
+BACKWARD = "autograd::engine::evaluate_function"
+SHARES = ("data wait", "vision", "text", "fusion", "vocabulary", "optimizer", "communication",
+          "other")
+
+
+@contextlib.contextmanager
+def parts_named(model):
+    """While it lasts, a profiler sees the forward pass of every part under the part's name."""
+    def begin(ranges, name, *_):
+        ranges.append(record_function(f"part: {name}"))
+        ranges[-1].__enter__()
+
+    def end(ranges, *_):
+        ranges.pop().__exit__(None, None, None)
+    hooks = []
+    for attribute, name in MODULES.items():
+        module = getattr(model, attribute)
+        if module is not None:
+            ranges = []
+            hooks.append(module.register_forward_pre_hook(partial(begin, ranges, name)))
+            hooks.append(module.register_forward_hook(partial(end, ranges)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def shares(run, repeat, data_wait):
+    """{part of a step: %} of repeat(), of the whole with data_wait (%)."""
+    cuda = run.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities) as profiler:
+        begin = time.perf_counter()
+        repeat()
+        synchronize(run.device)
+        seconds = time.perf_counter() - begin
+    found = time_of_parts(profiler.events(), cuda)
+    found["other"] += max(0.0, seconds - sum(found.values()))
+    scale = (100 - data_wait) / sum(found.values())
+    return {"data wait": data_wait} | {name: scale * found[name] for name in SHARES[1:]}
+
+
+def time_of_parts(events, cuda):
+    """Events of torch.profiler -> {part: seconds}; of a GPU those of kernels."""
+    found = collections.Counter()
+    parts = {}                                                  # id of an event -> its part
+    nodes = {}                                                  # sequence number -> its part
+    backward = set()                                            # ids of events in it
+    for event in sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end)):
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue
+        # 1. Its part by its own name; or that of the operation whose gradient it is; or that of
+        #    the event in which it happened.
+        parent = event.cpu_parent
+        own = [part for name, part in NAMES.items() if event.name.startswith(name)]
+        if event.name.startswith("part: "):
+            own = [event.name.removeprefix("part: ")]
+        elif event.name.startswith(BACKWARD):
+            own = [nodes.get(event.sequence_nr, "other")]
+            backward.add(event.id)
+        elif parent and parent.id in backward:
+            backward.add(event.id)
+        part = own[0] if own else parts.get(parent and parent.id, "other")
+        parts[event.id] = part
+        # 2. What makes a node of the graph has the node's number, and is the last that has it.
+        if event.sequence_nr >= 0 and event.id not in backward:
+            nodes[event.sequence_nr] = part
+        own_time = event.self_device_time_total if cuda else event.self_cpu_time_total
+        found[part] += own_time / 1e6
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
+
+def benchmark(run, batches, step):
+    """Runs all steps -> the numbers, as --json writes them. batches yields what train.load does."""
+    args = run.args
+    model = run.objective.model
+    run.objective.train()
+    dtype, _ = training_dtype(run.device)
+    rate = product_rate(run.device, dtype)
+    with parts_named(model):
+        rows = {"image_text": timed(run, batches, step, 1)}
+        if args.parallel_text:
+            rows["both"] = timed(run, batches, step, 2)
+        numbers, repeat = list(rows.values())[-1]
+        found = shares(run, repeat, numbers["data_wait"])
+    rows = {name: numbers for name, (numbers, _) in rows.items()}
+    rows["image_text"]["official_flops"] = official_flops(model, args, images=True)
+    if args.parallel_text:
+        rows = {"image_text": rows["image_text"],
+                "parallel_text": difference(rows["both"], rows["image_text"]),
+                "both": rows["both"]}
+        rows["parallel_text"]["official_flops"] = official_flops(model, args, images=False)
+        rows["both"]["official_flops"] = sum(rows[name]["official_flops"]
+                                             for name in ("image_text", "parallel_text"))
+    for row in rows.values():
+        row["utilisation"] = row["flops"] / row["seconds"] / rate
+    return {"preset": args.preset, "processes": world()[1], "device": str(run.device),
+            "dtype": str(dtype), "product_flops_per_s": rate, "streams": rows, "shares": found}
+
+
+def difference(both, one):
+    """The row of parallel text, from that of both streams and that of images."""
+    batch = both["batch"] - one["batch"]
+    seconds = both["seconds"] - one["seconds"]
+    return {"batch": batch, "seconds": seconds, "samples_per_s": batch / seconds,
+            "data_wait": both["data_wait"], "peak_memory": both["peak_memory"],
+            "flops": both["flops"] - one["flops"]}
+
+
+def print_report(report):
+    rate = report["product_flops_per_s"]
+    print(f"one matrix product of {report['dtype']}: {rate / 1e12:.3g} TFLOP/s\n\n"
+          f"{'':14}{'batch':>7}{'seconds':>9}{'samples/s':>11}{'TFLOP':>8}{'official':>10}"
+          f"{'ratio':>7}{'utilisation':>13}{'peak GB':>9}")
+    for name, row in report["streams"].items():
+        flops, official = row["flops"], row["official_flops"]
+        print(f"{name.replace('_', ' '):14}{row['batch']:7}{row['seconds']:9.3f}"
+              f"{row['samples_per_s']:11.1f}{flops / 1e12:8.3g}{official / 1e12:10.3g}"
+              f"{flops / official:7.2f}{row['utilisation']:13.2f}"
+              f"{row['peak_memory'] / 1e9:9.2f}")
+    parts = ", ".join(f"{name} {share:.0f}" for name, share in report["shares"].items())
+    print(f"\nshares, % (torch.profiler): {parts}")
+
+
+def command(run, batches, step):
+    """Measures, prints, and writes --json. All processes compute, the first one tells."""
+    report = benchmark(run, batches, step)
+    if world()[0] > 0:
+        return
+    print_report(report)
+    if run.args.json:
+        text = json.dumps(report, indent=1)
+        data.write_output(pathlib.Path(run.args.json), text.encode())
