@@ -9,14 +9,16 @@ The step is train.train_step, the flags are those of training, and batches come 
 by its workers; but pixels and tokens are random, and the model is untrained. Captions have 14
 tokens on average, sentences of parallel text 25. Step by step:
 
-    seconds      median of MEASURED steps after WARM_UP, with the wait for data. Parallel text
-                 cannot be trained alone: its row is both streams minus the first
-    TFLOP        of matrix products of one process, counted in a step that is not timed
-    official     the same batch in the official code: padded to the recipe's limits, three passes
-                 of the fusion encoder (computed)
+    seconds      median of MEASURED steps after WARM_UP, with the wait for data. Parallel text is
+                 not trained alone: its row is both streams minus the images
+    TFLOP        of all matrix products of one process, counted in a step that is not timed
+    official     the same by the official code: padded to the recipe's limits, and keys and values
+                 of a view projected for each pair that reads it (computed)
     utilisation  TFLOP per second, as a share of what one large product of the same type reaches
-    shares       of one more step, by torch.profiler: hooks name the parts in the forward pass, and
-                 a part's backward pass is found by autograd's sequence numbers
+    shares       of one more step, by torch.profiler. Hooks name the parts in the forward pass, the
+                 numbers of autograd's nodes find them in the backward pass. communication: what the
+                 losses and the log exchange. DDP's sums run beside the backward pass; on a CPU the
+                 wait for their end is in other, with the norms and Python
 
 Letters: B examples per process, L tokens of a sequence, P patches + 1, D width, V vocabulary.
 """
@@ -32,6 +34,7 @@ from functools import partial
 from statistics import median
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -171,71 +174,21 @@ def official_flops(model, args, images):
 
 
 # --------------------------------------------------------------------------------------------------
-# Time and memory
-# --------------------------------------------------------------------------------------------------
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def product_rate(device, dtype):
-    """FLOP per second of one large matrix product: what utilisation is a share of."""
-    n, times = (8192, 10) if device.type == "cuda" else (2048, 1)
-    x, weight = torch.randn(2, n, n, device=device).to(dtype)
-    seconds = []
-    for _ in range(7):
-        synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(times):
-            F.linear(x, weight)
-        synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return 2 * n ** 3 * times / median(seconds[2:])
-
-
-def peak_memory(device):
-    """Bytes that this process held at most: of the GPU, else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if platform.system() == "Darwin" else 1024         # macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
-
-
-def timed(run, batches, step, streams):
-    """WARM_UP + MEASURED steps on the first `streams` streams -> (numbers of the median step, what
-    repeats it)."""
-    done = []
-    clock = time.perf_counter()
-    for number in range(STEPS):
-        image, text, stats = next(batches)
-        batch = [image, text if streams == 2 else None]
-        repeat = partial(step, run, batch, stats, number)
-        repeat()
-        synchronize(run.device)
-        now = time.perf_counter()
-        done.append((now - clock, run.waited, number, repeat, batch))
-        clock = now
-    # Steps have other lengths: all numbers are of the step that took the median time.
-    seconds, waited, _, repeat, batch = sorted(done[WARM_UP:])[MEASURED // 2]
-    samples = world()[1] * sum(len(stream["ids"]) for stream in batch if stream)
-    numbers = {"batch": samples, "seconds": seconds, "samples_per_s": samples / seconds,
-               "data_wait": 100 * waited / seconds, "peak_memory": peak_memory(run.device)}
-    return numbers | {"flops": count_flops(repeat)}, repeat
-
-
-# --------------------------------------------------------------------------------------------------
-# Shares of a step
+# Parts of a step
 # --------------------------------------------------------------------------------------------------
 
 MODULES = {"vision": "vision", "text": "text", "fusion": "fusion", "text_fusion": "fusion",
            "mlm_head": "vocabulary"}
-# Beginnings of names that torch gives, or losses.py.
-NAMES = {"VocabularyLoss": "vocabulary", "Optimizer.": "optimizer", "c10d::": "communication",
-         "gloo:": "communication", "nccl:": "communication"}
+# How names begin that torch and losses.py give.
+NAMES = {"VocabularyLoss": "vocabulary", "Optimizer.": "optimizer", "c10d::": "communication"}
+COLLECTIVES = ("all_reduce", "all_gather_single", "reduce_scatter_single")   # losses.py's
 BACKWARD = "autograd::engine::evaluate_function"
-SHARES = ("data wait", "vision", "text", "fusion", "vocabulary", "optimizer", "communication",
-          "other")
+PARTS = ("vision", "text", "fusion", "vocabulary", "optimizer", "communication", "other")
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
@@ -247,36 +200,36 @@ def parts_named(model):
 
     def end(ranges, *_):
         ranges.pop().__exit__(None, None, None)
-    hooks = []
-    for attribute, name in MODULES.items():
-        module = getattr(model, attribute)
-        if module is not None:
-            ranges = []
-            hooks.append(module.register_forward_pre_hook(partial(begin, ranges, name)))
-            hooks.append(module.register_forward_hook(partial(end, ranges)))
-    try:
+    with contextlib.ExitStack() as stack:
+        for attribute, name in MODULES.items():
+            module = getattr(model, attribute)
+            if module is not None:
+                ranges = []
+                hook = module.register_forward_pre_hook(partial(begin, ranges, name))
+                stack.callback(hook.remove)
+                stack.callback(module.register_forward_hook(partial(end, ranges)).remove)
+        for name in COLLECTIVES:
+            collective = getattr(dist, name)
+            stack.callback(setattr, dist, name, collective)
+            setattr(dist, name, record_function("part: communication")(collective))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def shares(run, repeat, data_wait):
-    """{part of a step: %} of repeat(), of the whole with data_wait (%)."""
-    cuda = run.device.type == "cuda"
+def parts_of(device, repeat):
+    """{part of a step: seconds} of repeat()."""
+    cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with profile(activities=activities) as profiler:
         begin = time.perf_counter()
         repeat()
-        synchronize(run.device)
+        synchronize(device)
         seconds = time.perf_counter() - begin
-    found = time_of_parts(profiler.events(), cuda)
+    found = sort_events(profiler.events(), cuda)
     found["other"] += max(0.0, seconds - sum(found.values()))
-    scale = (100 - data_wait) / sum(found.values())
-    return {"data wait": data_wait} | {name: scale * found[name] for name in SHARES[1:]}
+    return found
 
 
-def time_of_parts(events, cuda):
+def sort_events(events, cuda):
     """Events of torch.profiler -> {part: seconds}; of a GPU those of kernels."""
     found = collections.Counter()
     parts = {}                                                  # id of an event -> its part
@@ -307,59 +260,108 @@ def time_of_parts(events, cuda):
 
 
 # --------------------------------------------------------------------------------------------------
+# Time and memory
+# --------------------------------------------------------------------------------------------------
+
+def product_rate(device, dtype):
+    """FLOP per second of one large matrix product: what utilisation is a share of."""
+    n, times = (8192, 10) if device.type == "cuda" else (2048, 1)
+    x, weight = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(7):
+        synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(times):
+            F.linear(x, weight)
+        synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * n ** 3 * times / median(seconds[2:])
+
+
+def peak_memory():
+    """Bytes that this process held at most, on its GPU, else at all; 0: not known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if platform.system() == "Darwin" else 1024         # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
+
+
+def measure(run, batches, step, streams):
+    """STEPS steps on the first `streams` streams -> numbers of the median one."""
+    done = []
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clock = time.perf_counter()
+    for number in range(STEPS):
+        *batch, stats = next(batches)
+        batch = [stream if i < streams else None for i, stream in enumerate(batch)]
+        repeat = partial(step, run, batch, stats, number)
+        repeat()
+        synchronize(run.device)
+        seconds = time.perf_counter() - clock
+        clock += seconds
+        done.append((seconds, run.waited, number, repeat, batch))
+    peak = peak_memory()
+    # Steps have other lengths: all numbers are of the step that took the median time.
+    seconds, waited, _, repeat, batch = sorted(done[WARM_UP:])[MEASURED // 2]
+    batch = [stream for stream in batch if stream]
+    model = run.objective.model
+    official = [official_flops(model, run.args, "images" in stream) for stream in batch]
+    found = parts_of(run.device, repeat)
+    scale = (seconds - waited) / sum(found.values())
+    return {"batch": world()[1] * sum(len(stream["ids"]) for stream in batch),
+            "seconds": seconds, "flops": count_flops(repeat), "official_flops": sum(official),
+            "peak_memory": peak,
+            "parts": {"data wait": waited} | {part: scale * found[part] for part in PARTS}}
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 # --------------------------------------------------------------------------------------------------
 
+def minus(both, images):
+    """The row of parallel text."""
+    row = dict(both)
+    for name in ("batch", "seconds", "flops", "official_flops"):
+        row[name] -= images[name]
+    row["parts"] = {part: max(0.0, seconds - images["parts"][part])
+                    for part, seconds in both["parts"].items()}
+    return row
+
+
 def benchmark(run, batches, step):
     """Runs all steps -> the numbers, as --json writes them. batches yields what train.load does."""
-    args = run.args
-    model = run.objective.model
     run.objective.train()
     dtype, _ = training_dtype(run.device)
     rate = product_rate(run.device, dtype)
-    with parts_named(model):
-        rows = {"image_text": timed(run, batches, step, 1)}
-        if args.parallel_text:
-            rows["both"] = timed(run, batches, step, 2)
-        numbers, repeat = list(rows.values())[-1]
-        found = shares(run, repeat, numbers["data_wait"])
-    rows = {name: numbers for name, (numbers, _) in rows.items()}
-    rows["image_text"]["official_flops"] = official_flops(model, args, images=True)
-    if args.parallel_text:
-        rows = {"image_text": rows["image_text"],
-                "parallel_text": difference(rows["both"], rows["image_text"]),
-                "both": rows["both"]}
-        rows["parallel_text"]["official_flops"] = official_flops(model, args, images=False)
-        rows["both"]["official_flops"] = sum(rows[name]["official_flops"]
-                                             for name in ("image_text", "parallel_text"))
+    with parts_named(run.objective.model):
+        rows = {"image text": measure(run, batches, step, 1)}
+        if run.args.parallel_text:
+            both = measure(run, batches, step, 2)
+            rows |= {"parallel text": minus(both, rows["image text"]), "both": both}
     for row in rows.values():
+        row["samples_per_s"] = row["batch"] / row["seconds"]
         row["utilisation"] = row["flops"] / row["seconds"] / rate
-    return {"preset": args.preset, "processes": world()[1], "device": str(run.device),
-            "dtype": str(dtype), "product_flops_per_s": rate, "streams": rows, "shares": found}
-
-
-def difference(both, one):
-    """The row of parallel text, from that of both streams and that of images."""
-    batch = both["batch"] - one["batch"]
-    seconds = both["seconds"] - one["seconds"]
-    return {"batch": batch, "seconds": seconds, "samples_per_s": batch / seconds,
-            "data_wait": both["data_wait"], "peak_memory": both["peak_memory"],
-            "flops": both["flops"] - one["flops"]}
+        total = sum(row["parts"].values())
+        row["shares"] = {part: 100 * seconds / total for part, seconds in row.pop("parts").items()}
+    return {"preset": run.args.preset, "processes": world()[1], "device": str(run.device),
+            "dtype": str(dtype), "product_flops_per_s": rate, "streams": rows}
 
 
 def print_report(report):
-    rate = report["product_flops_per_s"]
-    print(f"one matrix product of {report['dtype']}: {rate / 1e12:.3g} TFLOP/s\n\n"
+    print(f"one matrix product of {report['dtype']}: "
+          f"{report['product_flops_per_s'] / 1e12:.3g} TFLOP/s\n\n"
           f"{'':14}{'batch':>7}{'seconds':>9}{'samples/s':>11}{'TFLOP':>8}{'official':>10}"
           f"{'ratio':>7}{'utilisation':>13}{'peak GB':>9}")
     for name, row in report["streams"].items():
-        flops, official = row["flops"], row["official_flops"]
-        print(f"{name.replace('_', ' '):14}{row['batch']:7}{row['seconds']:9.3f}"
-              f"{row['samples_per_s']:11.1f}{flops / 1e12:8.3g}{official / 1e12:10.3g}"
-              f"{flops / official:7.2f}{row['utilisation']:13.2f}"
+        flops = row["flops"] / 1e12
+        official = row["official_flops"] / 1e12
+        print(f"{name:14}{row['batch']:7}{row['seconds']:9.3f}{row['samples_per_s']:11.1f}"
+              f"{flops:8.3g}{official:10.3g}{flops / official:7.2f}{row['utilisation']:13.2f}"
               f"{row['peak_memory'] / 1e9:9.2f}")
-    parts = ", ".join(f"{name} {share:.0f}" for name, share in report["shares"].items())
-    print(f"\nshares, % (torch.profiler): {parts}")
+    print(f"\n{'% of a step':14}" + "".join(f"{part:>15}" for part in ("data wait", *PARTS)))
+    for name, row in report["streams"].items():
+        print(f"{name:14}" + "".join(f"{share:15.0f}" for share in row["shares"].values()))
 
 
 def command(run, batches, step):

@@ -50,7 +50,6 @@ import math
 import multiprocessing.queues
 import os
 import pathlib
-import platform
 import re
 import signal
 import socket
@@ -66,9 +65,8 @@ from typing import NamedTuple
 
 try:
     import fcntl
-    import resource
 except ImportError:                                             # Windows
-    fcntl = resource = None
+    fcntl = None
 
 # Every step has other lengths, which breaks CUDA's memory into pieces; these can be joined again.
 # torch reads this when it is imported.
@@ -756,13 +754,7 @@ def speed(batch, seconds, waited):
     the most memory that it held."""
     W = world()[1]
     images, sentences = (W * len(stream["ids"]) if stream else 0 for stream in batch)
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated() / 2 ** 20
-    elif resource:
-        unit = 2 ** 20 if platform.system() == "Darwin" else 2 ** 10          # macOS counts bytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    else:
-        memory = 0                                                            # Windows: not known
+    memory = benchmark.peak_memory() / 2 ** 20
     return {"seconds": f"{seconds:.4f}", "images_per_s": f"{images / seconds:.1f}",
             "sentences_per_s": f"{sentences / seconds:.1f}",
             "data_wait": f"{100 * waited / seconds:.0f}", "memory_mb": f"{memory:.0f}"}
@@ -901,9 +893,7 @@ def prepare(args, device):
         objective = FineTuning(model, tokenizer, args, task, languages)
     else:
         batches, validation_rows = make_batches(args, model, tokenizer)
-        languages = {}
-        if not args.benchmark:
-            languages = survey(args, batches.streams, model.config.image_size)
+        languages = survey(args, batches.streams, model.config.image_size)
         groups = None if args.held_out else languages
         objective = Pretraining(model, tokenizer, args, validation_rows, groups)
     objective = objective.to(device)
@@ -996,6 +986,8 @@ def finetuning_batches(args, model, tokenizer, task, examples):
 def survey(args, streams, size):
     """Says what the data are -> codes of the languages "seen" with images, and of those "text_only"
     in parallel text."""
+    if args.benchmark:
+        return {}
     found = []
     for stream, kind in zip(streams, (f"images of {size} x {size} pixels", "pairs")):
         found.append(stream.dataset.languages() if stream else [])
