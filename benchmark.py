@@ -27,6 +27,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import pathlib
 import platform
 import time
@@ -217,6 +218,7 @@ def parts_named(model):
 
 def parts_of(device, repeat):
     """{part of a step: seconds} of repeat()."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")             # the profiler says nothing
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with profile(activities=activities) as profiler:
