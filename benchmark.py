@@ -11,20 +11,21 @@ tokens on average, sentences of parallel text 25. Step by step:
 
     seconds      median of MEASURED steps after WARM_UP, with the wait for data. Parallel text is
                  not trained alone: its row is both streams minus the images
-    TFLOP        of all matrix products of one process, counted in a step that is not timed
+    GFLOP        of all matrix products of one process, counted in a step that is not timed
     official     the same by the official code: padded to the recipe's limits, and keys and values
                  of a view projected for each pair that reads it (computed)
-    utilisation  TFLOP per second, as a share of what one large product of the same type reaches
-    shares       of one more step, by torch.profiler. Hooks name the parts in the forward pass, the
-                 numbers of autograd's nodes find them in the backward pass. communication: what the
-                 losses and the log exchange. DDP's sums run beside the backward pass; on a CPU the
-                 wait for their end is in other, with the norms and Python
+    utilisation  GFLOP per second, as a share of what one large product of the same type reaches
+    peak         memory of one process; on a CPU the most so far
+    % of a step  of one more step, by torch.profiler, on a GPU time of kernels. Functions are marked
+                 in the forward pass; the numbers of autograd's nodes find them in the backward
+                 pass. communication: what the losses and the log exchange. DDP's sums run beside
+                 the backward pass; on a CPU the wait for their end is in other, with the gradient's
+                 norm, the contrastive loss and Python
 
 Letters: B examples per process, L tokens of a sequence, P patches + 1, D width, V vocabulary.
 """
 import collections
 import contextlib
-import copy
 import json
 import math
 import os
@@ -33,15 +34,18 @@ import platform
 import time
 from functools import partial
 from statistics import median
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import losses
 from losses import world
 from model import training_dtype
 
@@ -162,10 +166,8 @@ def official_flops(model, args, images):
     text = c.text_layers * layer(L, L, c.text_mlp)
     if images:
         P = (c.image_size // c.patch_size) ** 2 + 1
-        patches = copy.deepcopy(model.vision.patches).to("meta")
-        with FlopCounterMode(display=False) as counter:
-            patches(torch.empty(B, 3, c.image_size, c.image_size, device="meta"))
-        a = counter.get_total_flops() + c.vision_layers * layer(P, P, c.vision_mlp)
+        patches = 2 * B * (P - 1) * 3 * c.patch_size ** 2 * D
+        a = patches + c.vision_layers * layer(P, P, c.vision_mlp)
     else:
         P = L
         a = text
@@ -178,13 +180,9 @@ def official_flops(model, args, images):
 # Parts of a step
 # --------------------------------------------------------------------------------------------------
 
-MODULES = {"vision": "vision", "text": "text", "fusion": "fusion", "text_fusion": "fusion",
-           "mlm_head": "vocabulary"}
-# How names begin that torch and losses.py give.
-NAMES = {"VocabularyLoss": "vocabulary", "Optimizer.": "optimizer", "c10d::": "communication"}
-COLLECTIVES = ("all_reduce", "all_gather_single", "reduce_scatter_single")   # losses.py's
-BACKWARD = "autograd::engine::evaluate_function"
 PARTS = ("vision", "text", "fusion", "vocabulary", "optimizer", "communication", "other")
+BACKWARD = "autograd::engine::evaluate_function"
+MARK = "part: "
 
 
 def synchronize(device):
@@ -193,26 +191,18 @@ def synchronize(device):
 
 
 @contextlib.contextmanager
-def parts_named(model):
-    """While it lasts, a profiler sees the forward pass of every part under the part's name."""
-    def begin(ranges, name, *_):
-        ranges.append(record_function(f"part: {name}"))
-        ranges[-1].__enter__()
-
-    def end(ranges, *_):
-        ranges.pop().__exit__(None, None, None)
+def parts_named(model, optimizer):
+    """While it lasts, a profiler sees what a part does in the forward pass under the part's name."""
+    functions = [(model.vision, "forward", "vision"), (model.text, "forward", "text"),
+                 (model.fusion, "forward", "fusion"), (losses, "masked_lm_loss", "vocabulary"),
+                 (optimizer, "step", "optimizer")]
+    # The waits for other processes; what of it the losses have in the backward pass, too.
+    for name in ("all_reduce", "all_gather_single", "reduce_scatter_single"):
+        functions.append((dist, name, "communication"))
     with contextlib.ExitStack() as stack:
-        for attribute, name in MODULES.items():
-            module = getattr(model, attribute)
-            if module is not None:
-                ranges = []
-                hook = module.register_forward_pre_hook(partial(begin, ranges, name))
-                stack.callback(hook.remove)
-                stack.callback(module.register_forward_hook(partial(end, ranges)).remove)
-        for name in COLLECTIVES:
-            collective = getattr(dist, name)
-            stack.callback(setattr, dist, name, collective)
-            setattr(dist, name, record_function("part: communication")(collective))
+        for owner, name, part in functions:
+            named = record_function(MARK + part)(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, named))
         yield
 
 
@@ -235,29 +225,28 @@ def sort_events(events, cuda):
     """Events of torch.profiler -> {part: seconds}; of a GPU those of kernels."""
     found = collections.Counter()
     parts = {}                                                  # id of an event -> its part
-    nodes = {}                                                  # sequence number -> its part
-    backward = set()                                            # ids of events in it
+    nodes = {}                                                  # number of a node -> its part
+    backward = set()                                            # ids of events in the backward pass
+    events = [event for event in events if event.device_type == DeviceType.CPU]
     for event in sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end)):
-        if event.device_type != torch.autograd.DeviceType.CPU:
-            continue
-        # 1. Its part by its own name; or that of the operation whose gradient it is; or that of
-        #    the event in which it happened.
-        parent = event.cpu_parent
-        own = [part for name, part in NAMES.items() if event.name.startswith(name)]
-        if event.name.startswith("part: "):
-            own = [event.name.removeprefix("part: ")]
+        # 1. The part of the event in which it happens, if it is not named itself, or the backward
+        #    of a node that the forward pass made.
+        parent = event.cpu_parent and event.cpu_parent.id
+        part = parts.get(parent, "other")
+        if event.name.startswith(MARK):
+            part = event.name.removeprefix(MARK)
+        elif event.name.startswith("c10d::"):                   # DDP's
+            part = "communication"
         elif event.name.startswith(BACKWARD):
-            own = [nodes.get(event.sequence_nr, "other")]
-            backward.add(event.id)
-        elif parent and parent.id in backward:
-            backward.add(event.id)
-        part = own[0] if own else parts.get(parent and parent.id, "other")
+            part = nodes.get(event.sequence_nr, "other")
         parts[event.id] = part
-        # 2. What makes a node of the graph has the node's number, and is the last that has it.
-        if event.sequence_nr >= 0 and event.id not in backward:
-            nodes[event.sequence_nr] = part
+        # 2. Of the events that have a node's number, the last one made the node.
+        if event.name.startswith(BACKWARD) or parent in backward:
+            backward.add(event.id)
+        else:
+            nodes[event.sequence_nr] = part                     # -1: none
         own_time = event.self_device_time_total if cuda else event.self_cpu_time_total
-        found[part] += own_time / 1e6
+        found[part] += own_time / 1e6                           # from microseconds
     return found
 
 
@@ -336,7 +325,7 @@ def benchmark(run, batches, step):
     run.objective.train()
     dtype, _ = training_dtype(run.device)
     rate = product_rate(run.device, dtype)
-    with parts_named(run.objective.model):
+    with parts_named(run.objective.model, run.optimizer):
         rows = {"image text": measure(run, batches, step, 1)}
         if run.args.parallel_text:
             both = measure(run, batches, step, 2)
@@ -352,14 +341,14 @@ def benchmark(run, batches, step):
 
 def print_report(report):
     print(f"one matrix product of {report['dtype']}: "
-          f"{report['product_flops_per_s'] / 1e12:.3g} TFLOP/s\n\n"
-          f"{'':14}{'batch':>7}{'seconds':>9}{'samples/s':>11}{'TFLOP':>8}{'official':>10}"
+          f"{report['product_flops_per_s'] / 1e9:,.0f} GFLOP/s\n\n"
+          f"{'':14}{'batch':>7}{'seconds':>9}{'samples/s':>11}{'GFLOP':>11}{'official':>11}"
           f"{'ratio':>7}{'utilisation':>13}{'peak GB':>9}")
     for name, row in report["streams"].items():
-        flops = row["flops"] / 1e12
-        official = row["official_flops"] / 1e12
+        flops = row["flops"] / 1e9
+        official = row["official_flops"] / 1e9
         print(f"{name:14}{row['batch']:7}{row['seconds']:9.3f}{row['samples_per_s']:11.1f}"
-              f"{flops:8.3g}{official:10.3g}{flops / official:7.2f}{row['utilisation']:13.2f}"
+              f"{flops:11,.1f}{official:11,.1f}{flops / official:7.2f}{row['utilisation']:13.2f}"
               f"{row['peak_memory'] / 1e9:9.2f}")
     print(f"\n{'% of a step':14}" + "".join(f"{part:>15}" for part in ("data wait", *PARTS)))
     for name, row in report["streams"].items():
