@@ -50,7 +50,6 @@ import math
 import multiprocessing.queues
 import os
 import pathlib
-import platform
 import re
 import signal
 import socket
@@ -66,9 +65,8 @@ from typing import NamedTuple
 
 try:
     import fcntl
-    import resource
 except ImportError:                                             # Windows
-    fcntl = resource = None
+    fcntl = None
 
 # Every step has other lengths, which breaks CUDA's memory into pieces; these can be joined again.
 # torch reads this when it is imported.
@@ -78,6 +76,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+import benchmark
 import data
 import evaluate
 from demo import emoji
@@ -100,8 +99,8 @@ from weights import starting_point
 # These may differ when a run is resumed: they do not change its result (the last three: only by
 # rounding, so that a run that is out of memory can go on with --checkpointing).
 FREE = {"out", "stop_after", "save_every", "validate_every", "log_every", "keep", "fresh", "eval",
-        "explain", "html", "workers", "processes", "cache", "image_root", "val", "max_bad",
-        "compile", "checkpointing", "chunk"}
+        "explain", "html", "benchmark", "full", "json", "workers", "processes", "cache",
+        "image_root", "val", "max_bad", "compile", "checkpointing", "chunk"}
 PATHS = {"images", "texts", "tokenizer", "init", "data"}        # of these the last names must agree
 LOSSES = ("contrast", "match", "mask")
 RECALLS = ("t2i_r1", "i2t_r1")                                  # of a validation
@@ -163,6 +162,9 @@ def add_run_flags(flag):
     flag("--eval", action=ON_OFF, default=True, help="evaluate on the demo's test sets at the end")
     flag("--explain", action="store_true", help="show one example at every station and exit")
     flag("--html", metavar="FILE", help="--explain writes a page too")
+    flag("--benchmark", action="store_true", help="measure a step on random data and exit")
+    flag("--full", action="store_true", help="--benchmark with the longest sentences")
+    flag("--json", metavar="FILE", help="--benchmark writes its numbers too")
     flag("--checkpointing", action="store_true", help="keep no activations: slower, less memory")
     flag("--chunk", type=int, metavar="N", help="gradient cache: N images at a time")
     flag("--compile", action="store_true", help="torch.compile the encoders")
@@ -247,10 +249,26 @@ def check(args):
                          "--translation_lm out")
     if args.html and not args.explain:
         raise ValueError("--html is the page of --explain")
+    check_benchmark(args)
     if args.held_out and args.val:
         raise ValueError("--held_out and --val are two ways to validate: choose one")
     if args.held_out and is_demo(args):
         raise ValueError("--held_out is for your own --images; the demo has a val split")
+
+
+def check_benchmark(args):
+    """ValueError on flags that make no sense with --benchmark, or only with it."""
+    if not args.benchmark and (args.full or args.json):
+        raise ValueError("--full and --json are for --benchmark")
+    names = ("images", "texts", "val", "held_out", "tokenizer", "init", "task", "explain",
+             "translation_lm")
+    given = [f"--{name}" for name in names if getattr(args, name)]
+    if not args.shared_fusion and args.shared_fusion is not None:
+        given.append("--no-shared_fusion")
+    if args.benchmark and given:
+        raise ValueError(f"--benchmark measures a new model on random data: leave "
+                         f"{' '.join(given)} out")
+    data.check_target(args.json and pathlib.Path(args.json))
 
 
 def recipe_lines(args, vocabulary):
@@ -551,8 +569,9 @@ def gradient_norms(objective):
 
 
 def train_step(run, batch, stats, step):
-    """Forward, backward, update -> (row of log.csv, Verdict). batch: [image, text] on device."""
+    """Forward, backward, update -> (row of log.csv, Verdict). batch: [image, text]."""
     args = run.args
+    batch = [to_device(stream, run.device) for stream in batch]
     rank, W = world()
     factor = lr_at(step, args)
     for group in run.optimizer.param_groups:
@@ -735,13 +754,7 @@ def speed(batch, seconds, waited):
     the most memory that it held."""
     W = world()[1]
     images, sentences = (W * len(stream["ids"]) if stream else 0 for stream in batch)
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated() / 2 ** 20
-    elif resource:
-        unit = 2 ** 20 if platform.system() == "Darwin" else 2 ** 10          # macOS counts bytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    else:
-        memory = 0                                                            # Windows: not known
+    memory = benchmark.peak_memory() / 2 ** 20
     return {"seconds": f"{seconds:.4f}", "images_per_s": f"{images / seconds:.1f}",
             "sentences_per_s": f"{sentences / seconds:.1f}",
             "data_wait": f"{100 * waited / seconds:.0f}", "memory_mb": f"{memory:.0f}"}
@@ -859,7 +872,8 @@ def prepare(args, device):
     # 1. Weights: from the checkpoint in --out, else from --init, else random. mmap: several
     #    processes share the pages of one file and do not each hold a copy of it.
     path = pathlib.Path(args.out, "ckpt.pt")
-    state = read_checkpoint(path, mmap=True) if path.exists() and not args.fresh else None
+    resumes = path.exists() and not (args.fresh or args.benchmark)
+    state = read_checkpoint(path, mmap=True) if resumes else None
     if state and not args.explain:
         compare(args, state["config"]["train"], path)
     # Long before workers are forked: Python 3.11 can lock up a process that is forked while a
@@ -972,6 +986,8 @@ def finetuning_batches(args, model, tokenizer, task, examples):
 def survey(args, streams, size):
     """Says what the data are -> codes of the languages "seen" with images, and of those "text_only"
     in parallel text."""
+    if args.benchmark:
+        return {}
     found = []
     for stream, kind in zip(streams, (f"images of {size} x {size} pixels", "pairs")):
         found.append(stream.dataset.languages() if stream else [])
@@ -988,7 +1004,10 @@ def survey(args, streams, size):
 def make_batches(args, model, tokenizer):
     """The two streams as the recipe wants them -> data.Batches, and what makes the rows to
     validate on: own files, the demo's val split, records held out of own files, or None."""
-    images, texts = data.streams(args, model.config.image_size)
+    if args.benchmark:
+        images, texts = benchmark.datasets(args, model.config)
+    else:
+        images, texts = data.streams(args, model.config.image_size)
     validation_rows = partial(emoji.split, "val") if is_demo(args) else None
     if args.held_out:
         images = data.HeldOut(images, args.held_out)
@@ -1110,7 +1129,6 @@ def train(run, step=train_step):
     run.objective.train()
     with signals_noted(run), bar:
         for *batch, stats in load(run, last):
-            batch = [to_device(stream, run.device) for stream in batch]
             row, verdict = step(run, batch, stats, run.step)
 
             # Every process holds the same verdict, so all of them leave the loop at the same step.
@@ -1229,7 +1247,7 @@ def main(argv=None, step=train_step):
         device = start_processes()
         check(args)
         # One process writes. --explain reads a checkpoint if there is one and writes nothing.
-        alone = args.explain or world()[0] > 0
+        alone = args.explain or args.benchmark or world()[0] > 0
         with contextlib.nullcontext() if alone else claimed(args.out):
             run = prepare(args, device)
             # The first batch of a run, with the weights of its checkpoint or with new ones.
@@ -1237,6 +1255,9 @@ def main(argv=None, step=train_step):
                 image, text, _ = run.batches[0]
                 explain(run.objective.eval(), to_device(image, device), to_device(text, device),
                         gradient_norms, args.html)
+            elif args.benchmark:
+                steps = benchmark.STEPS * (2 if args.parallel_text else 1)
+                benchmark.command(run, load(run, steps), step)
             else:
                 train(run, step)
                 finish(run)

@@ -22,12 +22,13 @@ from dataclasses import asdict, fields
 
 import torch
 
+import benchmark
 import data
 from formats.checkpoints import (read_checkpoint, read_pickle, read_safetensors, write_checkpoint,
                                  write_safetensors)
 from formats.layouts import (PARTS, Note, Source, adapt_to_model, merge, part_of, report,
                              text_encoder, translate, without_tied_decoder)
-from model import CCLM, Config, build
+from model import PRESETS, CCLM, Config, build
 from tasks import TASKS
 
 # --------------------------------------------------------------------------------------------------
@@ -304,6 +305,8 @@ def starting_tokenizer(state, flags):
     """The tokenizer of a checkpoint; else that of --tokenizer; else, without own data, the demo's.
     ValueError if --tokenizer names another one than the checkpoint's."""
     given = flags.get("tokenizer") and data.load_tokenizer(flags["tokenizer"])
+    if flags.get("benchmark"):
+        return benchmark.Tokenizer(PRESETS[flags["preset"]].vocabulary)
     if state and state["tokenizer"]:
         if given and given.model != state["tokenizer"]:
             raise ValueError(f"--tokenizer {flags['tokenizer']} is not the tokenizer that the "

@@ -215,6 +215,9 @@ CASES = [
         ("--text_layers 0", ["text_layers is 0"]), ("--width 100", ["100"]), ("--texts a.tsv", ["--texts needs --images"]),
         ("--width 66 --vision_heads 4 --no-stem", ["multiple of 4 heads"]), ("--patch_size 24 --no-stem", ["patch size 24"]),
         ("--no-parallel_text --no-shared_fusion", ["--no-shared_fusion needs parallel text"]),
+        ("--benchmark --init a.pt --no-shared_fusion", ["leave --init --no-shared_fusion out"]),
+        ("--full", ["--full and --json are for --benchmark"]),
+        ("--benchmark --json none/x.json", ["none/x.json cannot be written"]),
         ("--positions 3", ["room for 1 tokens", "--positions"]), ("--positions 2 --offset 3", ["--positions"]))),
     ("one image held out of one", {}, OWN + "--images one.tar --held_out 1", ["--held_out needs at least two"]),
     # what is not there, or is something else

@@ -151,7 +151,7 @@ def print_step(root):
     print(done.stdout.splitlines()[-1] if done.stdout else done.stderr)
 
 
-LEVELS = [{"kernels", "formats", "demo"}, {"model"}, {"losses", "data"}, {"tasks"}, {"weights"},
+LEVELS = [{"kernels", "formats", "demo"}, {"model"}, {"losses", "data"}, {"tasks", "benchmark"}, {"weights"},
           {"evaluate", "explain"}, {"train", "serve"}, {"search", "report"}]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 
