@@ -624,6 +624,35 @@ def print_task(task, report):
 # One example, explained
 # --------------------------------------------------------------------------------------------------
 
+@torch.inference_mode()
+def attention_map(model, tokenizer, image, text):
+    """Where does each token of a text look in an RGB image? -> (its T pieces with <s> and </s>,
+    weights (T, side, side) of the patches, row by row).
+
+    These are the weights of the last fusion layer's cross-attention, the mean over its heads. They
+    sum to 1 with that of row 0, which stands for the whole image and is left out. Not for two
+    threads at once."""
+    token_ids = tokenizer.encode(text, longest_text(model))
+    view = next(image_batches(model, [image]))                               # states (P, D)
+    sentence = next(text_batches(model, [token_ids]))                        # states (T, D)
+    cross = model.fusion.layers[-1].cross
+    inputs = []
+    hook = cross.register_forward_pre_hook(lambda module, given: inputs.extend(given))
+    number = torch.zeros(1, dtype=torch.long, device=view.states.device)     # of the text and image
+    try:
+        with inference_context(number.device):
+            model.fuse(sentence, view, number, number)
+    finally:
+        hook.remove()
+    # The kernels do not return weights: they are computed again from what the layer was given.
+    q = cross.q(inputs[0].float()).unflatten(1, (cross.heads, -1))           # (T, H, D/H)
+    k = cross.k(inputs[1].float()).unflatten(1, (cross.heads, -1))           # (P, H, D/H)
+    scores = torch.einsum("thd,phd->htp", q, k) / q.shape[-1] ** 0.5         # (H, T, P)
+    weights = scores.softmax(-1).mean(0)[:, 1:]                              # (T, P-1)
+    side = model.config.image_size // model.config.patch_size
+    return tokenizer.pieces(token_ids), weights.unflatten(1, (side, side))   # (T, side, side)
+
+
 @torch.no_grad()
 def explain(model, tokenizer, image_batch):
     """Prints what the first pair of an image-text batch (data.Batches) becomes on its way to the
