@@ -624,33 +624,62 @@ def print_task(task, report):
 # One example, explained
 # --------------------------------------------------------------------------------------------------
 
-@torch.inference_mode()
-def attention_map(model, tokenizer, image, text):
-    """Where does each token of a text look in an RGB image? -> (its T pieces with <s> and </s>,
-    weights (T, side, side) of the patches, row by row).
-
-    These are the weights of the last fusion layer's cross-attention, the mean over its heads. They
-    sum to 1 with that of row 0, which stands for the whole image and is left out. Not for two
-    threads at once."""
-    token_ids = tokenizer.encode(text, longest_text(model))
-    view = next(image_batches(model, [image]))                               # states (P, D)
-    sentence = next(text_batches(model, [token_ids]))                        # states (T, D)
-    cross = model.fusion.layers[-1].cross
-    inputs = []
-    hook = cross.register_forward_pre_hook(lambda module, given: inputs.extend(given))
-    number = torch.zeros(1, dtype=torch.long, device=view.states.device)     # of the text and image
-    try:
-        with inference_context(number.device):
-            model.fuse(sentence, view, number, number)
-    finally:
-        hook.remove()
-    # The kernels do not return weights: they are computed again from what the layer was given.
-    q = cross.q(inputs[0].float()).unflatten(1, (cross.heads, -1))           # (T, H, D/H)
-    k = cross.k(inputs[1].float()).unflatten(1, (cross.heads, -1))           # (P, H, D/H)
-    scores = torch.einsum("thd,phd->htp", q, k) / q.shape[-1] ** 0.5         # (H, T, P)
-    weights = scores.softmax(-1).mean(0)[:, 1:]                              # (T, P-1)
+def patch_grid(model, parts):
+    """parts (P,) of an image -> those of its patches, row by row (side, side). Row 0, which stands
+    for the whole image, is left out."""
     side = model.config.image_size // model.config.patch_size
-    return tokenizer.pieces(token_ids), weights.unflatten(1, (side, side))   # (T, side, side)
+    return parts[1:].view(side, side)
+
+
+@torch.inference_mode()
+def cosine_map(model, tokenizer, image, text):
+    """How much of the cosine of an RGB image and a text comes from each patch? -> (side, side).
+
+    Where the image's vector is of the mean of its states (pool="mean", BEiT-2), it is a sum over
+    patches, and so is the cosine. Else this says how alike each patch and the text are."""
+    view = next(image_batches(model, [image]))                               # states (P, D)
+    sentence = next(text_batches(model, [tokenizer.encode(text, longest_text(model))]))
+    projected = model.vision_proj(view.states.float())                       # (P, D) -> (P, E)
+    parts = projected @ sentence.vectors[0]                                  # (P,)
+    return patch_grid(model, parts / len(parts) / projected.mean(0).norm())
+
+
+def attention_map(model, tokenizer, image, text):
+    """What does the match head's answer owe to each patch of an RGB image? -> (side, side).
+
+    In the last cross-attention the first token reads a sum over patches: weight times value. Each
+    term counts times the gradient of the log-odds of yes (Grad-CAM; arXiv 2107.07651, Figure 4).
+    The weights alone say less: much is read that does not matter. Not for two threads at once."""
+    cross = model.fusion.layers[-1].cross
+    kept = {}
+
+    def keep_inputs(module, given):
+        kept["x"], kept["y"], *_ = given
+
+    def keep_sum(module, given):
+        kept["sum"] = given[0].detach().requires_grad_()
+        return (kept["sum"],)
+
+    hooks = [cross.register_forward_pre_hook(keep_inputs),
+             cross.out.register_forward_pre_hook(keep_sum)]
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            view = next(image_batches(model, [image]))                       # states (P, D)
+            sentence = next(text_batches(model, [tokenizer.encode(text, longest_text(model))]))
+            first = torch.zeros(1, dtype=torch.long, device=view.states.device)
+            with torch.enable_grad(), inference_context(first.device):
+                no, yes = model.itm_head(model.fuse(sentence, view, first, first, first))[0]
+                gradient, = torch.autograd.grad(yes - no, kept["sum"])       # (1, D)
+            # The kernels do not return weights: they are computed again.
+            H = cross.heads
+            q = cross.q(kept["x"].float()).view(H, -1)                       # (1, D) -> (H, D/H)
+            k, v = cross.project(kept["y"].float(), cross.k, cross.v)        # (P, H, D/H)
+            scores = torch.einsum("hd,phd->hp", q, k) / q.shape[1] ** 0.5
+            parts = torch.einsum("hp,phd,hd->p", scores.softmax(1), v, gradient.float().view(H, -1))
+            return patch_grid(model, parts)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
