@@ -42,6 +42,9 @@ from train import chance_levels, is_demo, whole_rows
 PICTURES = 1000                         # so many of a set are read
 POINTS = 100                            # of a curve; more steps are averaged
 THUMBNAIL = 128                         # pixels of the longer side
+CONCEPTS = 8                            # on the map of the space
+WIDTH = 760                             # of that map
+HEIGHT = 520
 DARK = 0.2                              # brightness where a map is lowest
 COLOURS = ("#2b7bba", "#d55e00", "#009e73", "#b5579b", "#b8860b", "#7b68c8", "#c0392b", "#7f7f7f")
 DASHES = ("none", "6 2", "2 2", "8 2 2 2")
@@ -78,6 +81,9 @@ class Pictures(NamedTuple):
             return self.some_languages(3)
         return [self.some_languages(1, [group])[0] for group in self.groups]
 
+    def group_of(self, language):
+        return next(group for group, codes in self.groups.items() if language in codes)
+
     def has(self, language):
         """(I,) bool: which pictures have a caption in the language?"""
         return torch.tensor([text is not None for text in self.texts[language]])
@@ -88,6 +94,17 @@ class Pictures(NamedTuple):
         return self.texts.get("en", [None] * (i + 1))[i] or names[0]
 
 
+def groups_of(codes, languages):
+    """Languages by what a checkpoint learned them from: {"seen" | "text_only" | "never": [code]},
+    or {"all": [code]} where languages, as evaluate.load gives them, is None."""
+    groups = {"all": list(codes)}
+    if languages:
+        known = set(itertools.chain(*languages.values()))
+        groups = languages | {"never": [k for k in codes if k not in known]}
+    present = {group: [k for k in members if k in codes] for group, members in groups.items()}
+    return {group: members for group, members in present.items() if members}
+
+
 @torch.inference_mode()
 def encode_set(model, tokenizer, rows, languages):
     """rows of evaluate.evaluation_set -> Pictures. languages: as evaluate.load gives them."""
@@ -95,11 +112,7 @@ def encode_set(model, tokenizer, rows, languages):
     good, images = evaluate.encode_images(model, evaluate.bar(rows, "pictures"), bad)
     evaluate.report_bad(bad, len(rows))
     present = dict.fromkeys(k for row in good for k in row["captions"] if row["captions"][k])
-    groups = {"all": list(present)}
-    if languages:
-        known = set(itertools.chain(*languages.values()))
-        groups = languages | {"never": [k for k in present if k not in known]}
-        groups = {group: [k for k in codes if k in present] for group, codes in groups.items()}
+    groups = groups_of(present, languages)
     texts = {}
     text_vectors = {}
     for k in itertools.chain(*groups.values()):
@@ -108,7 +121,6 @@ def encode_set(model, tokenizer, rows, languages):
         encoded, place = evaluate.encode_texts(model, tokenizer, [texts[k][i] for i in numbers])
         text_vectors[k] = torch.zeros(images.vectors.shape)                  # (I, E)
         text_vectors[k][numbers] = encoded.vectors[place].cpu().float()
-    groups = {group: codes for group, codes in groups.items() if codes}
     return Pictures(good, images.vectors.cpu().float(), groups, texts, text_vectors)
 
 
@@ -147,7 +159,7 @@ def curves_of(folder):
 
 def averaged(points):
     """At most POINTS of them: the mean of neighbours, at the last one's step."""
-    size = math.ceil(len(points) / POINTS)
+    size = math.ceil(len(points) / POINTS) or 1
     parts = [points[first:first + size] for first in range(0, len(points), size)]
     return [(part[-1][0], fmean(y for _, y in part)) for part in parts]
 
@@ -219,6 +231,11 @@ def figure(image, alt, caption, kind=""):
     """A picture of the page. caption: HTML."""
     return (f'<figure class="{kind}"><img alt="{html.escape(alt)}" src="{data_url(image)}">'
             f"<figcaption>{caption}</figcaption></figure>")
+
+
+def picture(s, i, caption, kind=""):
+    """Picture i of a set."""
+    return figure(evaluate.read_image(s.rows[i]), s.name(i), caption, kind)
 
 
 def html_table(caption, head, rows, kind=""):
@@ -305,29 +322,413 @@ def results_of(runs):
     return {name: read_json(file, "train.py") for name, file in files.items() if file.exists()}
 
 
-def recall(results):
+def recall(results, languages):
     """results {name: results.json} -> tables by language; of a run's further test sets the means
-    of the groups."""
+    of the groups. languages: as evaluate.load gives them."""
     sets = dict.fromkeys(name for report in results.values() for name in report if name != "groups")
     tables = []
     for name in sets:
-        having = {run: report for run, report in results.items() if name in report}
-        tables += recall_table(name, having, whole=not tables)
+        having = {run: report[name] for run, report in results.items() if name in report}
+        tables += recall_table(name, having, languages, whole=not tables)
     if not tables:
-        raise LeftOut("no results.json of a run is there, and no pictures to measure on")
-    return "<p>Means over a group's languages in the grey rows. " \
-           "A bar's full width is 100 %.</p>" + "".join(tables)
+        raise LeftOut("no results.json of a run, and no pictures to measure on")
+    return ("<p>How often is the first answer right? In bold the means over a group's languages; "
+            f"a whole bar is 100 %.</p>{''.join(tables)}")
 
 
-def recall_table(name, results, whole):
-    """One test set -> [a table, or nothing]. whole: a row for each language."""
-    first = next(iter(results.values()))
-    scores = next(iter(first[name].values()), {})
-    key = next((key for key in SCORES if key in scores), None)
+def recall_table(name, scores, languages, whole):
+    """A test set's {run: {language: {key: %}}} -> [HTML], or [] without a score that is known.
+    whole: with a row for each language."""
+    everyone = list(itertools.chain(*(x.values() for x in scores.values())))
+    key = next((key for key in SCORES if any(key in x for x in everyone)), None)
     if not key:
         return []
+    chance = next((x[k] for x in everyone for k in ("chance_r1", "chance") if k in x), None)
+
+    def row(label, codes):
+        cells = []
+        for of_run in scores.values():
+            values = [of_run[k][key] for k in codes if key in of_run.get(k, {})]
+            mean = fmean(values) if values else None
+            cells.append("" if mean is None else (f"{mean:.1f}", mean / 100))
+        return [label, *cells]
+
     rows = []
-    for group in dict.fromkeys(k for report in results.values() for k in report["groups"][name]):
-        means = [report["groups"][name].get(group, {}) for report in results.values()]
-        rows.append([f"<b>{evaluate.TASK_GROUPS.get(group, group)}</b>", *(bar_cell(x, key) for x in means)])
-    return [html_table(f"{text(name)}: {SCORES[key]}, %", ["", *map(text, results)], rows, "bars")]
+    groups = groups_of(dict.fromkeys(itertools.chain(*scores.values())), languages)
+    for group, codes in groups.items():
+        rows.append(row(f"<b>{evaluate.GROUPS.get(group, group)} ({len(codes)})</b>", codes))
+        rows += [row(k, [k]) for k in codes if whole]
+    beside = "" if chance is None else f"; chance {chance:.2f}"
+    caption = f"{text(name)}: {SCORES[key]}, %{beside}"
+    return [html_table(caption, ["", *map(text, scores)], rows, "bars")]
+
+
+def task_tables(folder):
+    """The tables of demo/table.py, from the runs in its folder."""
+    if not folder:
+        raise LeftOut("no folder of demo.table is named (--table)")
+    variants = [name for name in table.VARIANTS if table.folder_of(folder, name, 0).is_dir()]
+    seeds = sum(path.is_dir() for path in table.folder_of(folder, "full", 0).parent.glob("[0-9]*"))
+    settings = argparse.Namespace(out=folder, variants=variants, seeds=seeds)
+    found = []
+    lines = table.tables(settings)
+    while lines:                                    # a table ends with an empty line
+        end = lines.index("")
+        cells = [[text(cell.strip()) for cell in line.split("|")[1:-1]] for line in lines[:end]]
+        (caption, *head), _, *rows = cells
+        if head:
+            found.append(html_table(caption, ["", *head], rows))
+        lines = lines[end + 1:]
+    if not found:
+        raise LeftOut(f"{folder} has no scores of demo.table yet")
+    return ("<p>The paper's tasks in miniature: fine-tuned on English, tested in other languages. "
+            f"Numbers are means of {seeds} seeds.</p>{''.join(found)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures of a model
+# --------------------------------------------------------------------------------------------------
+
+def gallery(s):
+    """One concept asked in eight languages: the first five answers, the right one framed."""
+    eight = s.some_languages(8)
+    cosine = torch.stack([s.text_vectors[k] @ s.vectors.T for k in eight])   # (8, I, I)
+    right = torch.eye(len(s.rows), dtype=torch.bool)
+    rank = torch.stack([evaluate.ranks(scores, right) for scores in cosine])  # (8, I)
+    has = torch.stack([s.has(k) for k in eight])                             # (8, I)
+    found = (rank == 0) & has
+    # The concept that three quarters of them find, so that right and wrong answers are seen.
+    distance = (found.sum(0) - 0.75 * len(eight)).abs() - len(eight) * has.sum(0)
+    concept = int(distance.argmin())
+    boxes = []
+    for k, scores, place in zip(eight, cosine[:, concept], rank[:, concept]):
+        if s.texts[k][concept] is None:
+            continue
+        figures = []
+        for i in scores.topk(min(5, len(scores))).indices.tolist():
+            note = "right" if i == concept else f"{scores[i]:.2f}"
+            figures.append(picture(s, i, note, "right" if i == concept else ""))
+        boxes.append(f'<div class="box"><h3>{k}: {text(s.texts[k][concept], k)}</h3><p class="soft">'
+                     f"{evaluate.GROUPS.get(s.group_of(k), '')} the right "
+                     f'picture came {place + 1}. of {len(scores)}</p><div class="row">'
+                     f"{''.join(figures)}</div></div>")
+    share = evaluate.percent(found[has])
+    return (f"<p>The same thing asked in {len(boxes)} languages. The right picture has a frame; "
+            "the others have their cosine below. We chose a concept that about three quarters of "
+            f"these languages find; over all concepts {share:.0f} % of the queries are right.</p>"
+            f'<div class="grid">{"".join(boxes)}</div>')
+
+
+def lit(image, parts):
+    """An image, darkened where a map (side, side) is low."""
+    image = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+    parts = (parts.clamp(min=0) / parts.max().clamp(min=1e-9)).detach().cpu()
+    light = Image.fromarray((255 * parts).byte().numpy()).resize(image.size)
+    return Image.composite(image, image.point(lambda value: DARK * value), light)
+
+
+def word_maps(model, tokenizer, s, scene):
+    """Which patches speak for a word, in three languages? scene: (image, [{language: word}])."""
+    image, words = scene
+    maps = {"parts of the cosine": evaluate.cosine_map, "cross-attention": evaluate.attention_map}
+    boxes = []
+    for word in words:
+        for k in s.one_of_each_group():
+            if k not in word:
+                continue
+            figures = [figure(lit(image, make(model, tokenizer, image, word[k])),
+                              f"{name} for {word[k]}", name) for name, make in maps.items()]
+            boxes.append(f'<div class="box"><h3>{k}: {text(word[k], k)}</h3>'
+                         f'<div class="row">{"".join(figures)}</div></div>')
+    whole = figure(image, "the whole picture", "the picture")
+    side = model.config.image_size // model.config.patch_size
+    return (f"<p>A model cuts a picture into {side} x {side} patches. Bright patches speak for the "
+            "word. Left: how much of the cosine of the two vectors comes from each patch. Right: "
+            "what the match head's answer owes to each patch that the word's first token reads in "
+            "the fusion encoder's last cross-attention (its weight times its gradient).</p>"
+            f'<div class="grid"><div class="box"><h3>{text("picture")}</h3><div class="row">'
+            f"{whole}<span></span></div></div>{''.join(boxes)}</div>")
+
+
+def across(s):
+    """Text to text: a caption in one language asks for the same picture's caption in another."""
+    codes = list(s.text_vectors)
+    if len(codes) < 2:
+        raise LeftOut("the captions are in one language only")
+    groups = list(s.groups)
+    cells = {}
+    for a, b in itertools.product(codes, codes):
+        both = s.has(a) & s.has(b)
+        if a != b and both.any():
+            cosine = s.text_vectors[a][both] @ s.text_vectors[b][both].T     # (n, n)
+            right = torch.eye(len(cosine), dtype=torch.bool)
+            cells[a, b] = evaluate.percent(evaluate.ranks(cosine, right) == 0)
+
+    def mean(group, other):
+        values = [cells[pair] for pair in itertools.product(s.groups[group], s.groups[other])
+                  if pair in cells]
+        return (f"{fmean(values):.1f}", fmean(values) / 100) if values else ""
+
+    names = [evaluate.GROUPS.get(group, group) for group in groups]
+    means = [[name, *(mean(group, other) for other in groups)]
+             for name, group in zip(names, groups)]
+    rows = []
+    for a in codes:
+        values = [cells.get((a, b)) for b in codes]
+        rows.append([a, *("" if x is None else (f"{x:.0f}", x / 100) for x in values)])
+    return ("<p>Without any picture: a caption of one language (row) asks for the caption of the "
+            "same picture in another language (column). R@1 by the text vectors, %. Captions that "
+            "read the same in both languages are easy.</p>"
+            + html_table("means of groups", ["asked in", *names], means, "bars")
+            + html_table("language by language", ["", *codes], rows, "heat"))
+
+
+def plane(fitted, shown):
+    """-> a function: vectors (n, E) -> n points (x, y) of the drawing. Its axes are those along
+    which the vectors `fitted` differ most (PCA); all of `shown` have room."""
+    mean = fitted.mean(0)
+    axes = torch.linalg.svd(fitted - mean, full_matrices=False).Vh[:2]       # (2, E)
+    low, high = torch.aminmax((shown - mean) @ axes.T, dim=0)                # (2,) each
+    size = torch.tensor([WIDTH - 200.0, HEIGHT - 60.0])
+
+    def place(vectors):
+        flat = ((vectors - mean) @ axes.T - low) / (high - low).clamp(min=1e-9)
+        return (flat * size + 30).tolist()                                   # (n, 2)
+    return place
+
+
+def kept_checkpoints(ckpt):
+    """The earlier checkpoints that train.py --keep left beside one: [(step, path)]."""
+    found = [(path.stem.removeprefix("ckpt_"), path) for path in ckpt.parent.glob("ckpt_*.pt")]
+    return sorted((int(step), path) for step, path in found if step.isdigit())
+
+
+@torch.inference_mode()
+def word_paths(kept, words):
+    """kept [(step, path)] -> [vectors (words, E)], one of each checkpoint."""
+    found = []
+    for _, path in kept:
+        model, tokenizer, _ = evaluate.load(path)
+        encoded, place = evaluate.encode_texts(model, tokenizer, words)
+        found.append(encoded.vectors[place].float())                         # (words, E)
+    return found
+
+
+def path(points, steps):
+    """The way of a word through training, a dot for each checkpoint -> SVG."""
+    joined = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
+    line = f'<polyline points="{joined}" fill="none" stroke="{COLOURS[0]}" stroke-dasharray="4 3"/>'
+    dots = [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="2.5" fill="{COLOURS[0]}"><title>step {step:,}'
+            "</title></circle>" for step, (x, y) in zip(steps, points)]
+    return "".join([line, *dots])
+
+
+def labels(words):
+    """[(x, y, word, language)] -> SVG; a label that would cover another moves down."""
+    placed = []
+    parts = []
+    for x, y, word, k in sorted(words, key=lambda label: label[1]):
+        end = x + 9 * len(word)
+        while any(abs(y - v) < 13 and x < right and left < end for left, right, v in placed):
+            y += 2
+        placed.append((x, end, y))
+        parts.append(f'<text x="{x:.0f}" y="{y:.0f}" lang="{k}">{html.escape(word)}</text>')
+    return "".join(parts)
+
+
+def space(s, kept):
+    """Pictures and words of several languages in one plane. kept: of kept_checkpoints, for the path
+    of each word of one concept."""
+    codes = list(dict.fromkeys(s.one_of_each_group() + s.some_languages(5)))
+    complete = torch.stack([s.has(k) for k in codes]).all(0).nonzero().flatten()
+    if len(complete) < 2:
+        raise LeftOut(f"fewer than two pictures have captions in all of {' '.join(codes)}")
+    concepts = complete[::math.ceil(len(complete) / CONCEPTS)].tolist()      # spread over the set
+    words = torch.stack([s.text_vectors[k][concepts] for k in codes], 1)     # (C, languages, E)
+    ways = word_paths(kept, [s.texts[k][concepts[0]] for k in codes])
+    ways = torch.stack([*ways, words[0]], 1)                                 # (languages, steps, E)
+    # Words of a language that was never trained may lie anywhere: they do not turn the axes.
+    trained = torch.tensor([s.group_of(k) != "never" for k in codes])
+    pictures = s.vectors[concepts]                                           # (C, E)
+    fitted = torch.cat([pictures, words[:, trained].flatten(0, 1)])
+    place = plane(fitted, torch.cat([pictures, words.flatten(0, 1), ways.flatten(0, 1)]))
+    parts = []
+    if kept:
+        parts += [path(place(way), [*(step for step, _ in kept), "the last"]) for way in ways]
+    named = []
+    for number, (i, (x, y)) in enumerate(zip(concepts, place(pictures))):
+        colour = COLOURS[number % len(COLOURS)]
+        for k, (u, v) in zip(codes, place(words[number])):
+            parts.append(f'<path d="M{x:.0f} {y:.0f}L{u:.0f} {v:.0f}" stroke="{colour}" opacity=".5"/>'
+                         f'<circle cx="{u:.0f}" cy="{v:.0f}" r="4" fill="{colour}"/>')
+            named.append((u + 7, v + 4, s.texts[k][i][:24], k))
+        parts.append(f'<image x="{x - 20:.0f}" y="{y - 20:.0f}" width="40" height="40" role="img" '
+                     f'aria-label="{html.escape(s.name(i))}" '
+                     f'href="{data_url(evaluate.read_image(s.rows[i]))}"/>')
+    told = f"Words in {' '.join(codes)}; each is joined to its picture."
+    if kept:
+        told += (" Broken lines: the ways of the first one's words from step "
+                 f"{kept[0][0]:,} to the end, on the axes of the end.")
+    else:
+        told += " (For the ways of words through training, keep checkpoints: train.py --keep.)"
+    return (f"<p>A picture and its words should lie together, whatever the language. The axes are "
+            f"the two along which these vectors differ most (PCA); most of the {len(s.vectors[0])} "
+            f'dimensions are not seen. {told}</p><div class="wide"><svg viewBox="0 0 {WIDTH} '
+            f'{HEIGHT}" role="img" aria-label="Pictures and words in one plane" font-size="12" '
+            f'fill="currentColor">{"".join(parts)}{labels(named)}</svg></div>')
+
+
+def mistakes(s, tokenizer):
+    """Three wrong answers in a language of each group: nearly right, surely wrong, and lost."""
+    boxes = []
+    for k in s.one_of_each_group():
+        cosine = s.text_vectors[k] @ s.vectors.T                             # (I, I)
+        rank = evaluate.ranks(cosine, torch.eye(len(cosine), dtype=torch.bool))
+        wrong = s.has(k) & (rank > 0)
+        if not wrong.any():
+            continue
+        margin = cosine.amax(1) - cosine.diagonal()                          # (I,)
+        picked = {"nearly right": margin.masked_fill(~wrong, torch.inf).argmin(),
+                  "surely wrong": margin.masked_fill(~wrong, -torch.inf).argmax(),
+                  "lost": rank.masked_fill(~wrong, -1).argmax()}
+        for kind, i in picked.items():
+            i = int(i)
+            came = int(cosine[i].argmax())
+            pieces = " ".join(tokenizer.pieces(tokenizer.encode(s.texts[k][i])[1:-1]))
+            figures = [picture(s, came, f"came: {text(s.name(came))} {cosine[i, came]:.2f}"),
+                       picture(s, i, f"right: {text(s.name(i))} {cosine[i, i]:.2f}, {rank[i] + 1}. "
+                                     f"of {len(cosine)}", "right")]
+            boxes.append(f'<div class="box"><h3>{k}: {text(s.texts[k][i], k)}</h3>'
+                         f'<p class="soft">{kind}; read as {text(pieces)}</p>'
+                         f'<div class="row">{"".join(figures)}</div></div>')
+    if not boxes:
+        raise LeftOut("every query finds its picture")
+    return ("<p>Nearly right: the smallest distance between the wrong and the right cosine; often "
+            "two things that look alike or share a word. Surely wrong: the largest one. Lost: the "
+            "right picture came last of all; look at the pieces into which the word was cut. Small "
+            "pieces, or unknown letters, are what a language looks like that the tokenizer or the "
+            f'model never learned.</p><div class="grid">{"".join(boxes)}</div>')
+
+
+# --------------------------------------------------------------------------------------------------
+# The page
+# --------------------------------------------------------------------------------------------------
+
+def section(title, make, *arguments):
+    """-> (title, HTML of make(*arguments)), or why it is left out."""
+    try:
+        return title, make(*arguments)
+    except LeftOut as reason:
+        return title, f'<p class="soft">Left out: {html.escape(str(reason))}.</p>'
+
+
+def page(title, about, sections):
+    """sections [(title, HTML)] -> the whole page."""
+    links = [f'<a href="#s{number}">{name}</a>' for number, (name, _) in enumerate(sections)]
+    body = [f'<section id="s{number}"><h2>{name}</h2>{content}</section>'
+            for number, (name, content) in enumerate(sections)]
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}</style></head>'
+            f'<body><h1>{title}</h1><p>{about}</p><nav>{"".join(links)}</nav><main>'
+            f"{''.join(body)}</main></body></html>")
+
+
+def demo_scene():
+    """A test scene of four drawings, and the words of the first two -> word_maps's scene."""
+    row = next(row for row in emoji.split("test_scenes") if len(row["ids"]) == 4)
+    return row["image"], [emoji.concepts()[i]["name"] for i in row["ids"][:2]]
+
+
+def scene_of(s):
+    """The first picture with captions in the most languages -> word_maps's scene."""
+    number = int(torch.stack([s.has(k) for k in s.texts]).sum(0).argmax())
+    words = {k: texts[number] for k, texts in s.texts.items() if texts[number] is not None}
+    return evaluate.read_image(s.rows[number]), [words]
+
+
+def about_model(args, model, state, languages, s):
+    """What this page is about, in a few lines of HTML."""
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [f"{html.escape(args.ckpt.name)}: {parameters:,} parameters, step {state['step']:,}."]
+    if languages:
+        lines += [f"{evaluate.GROUPS[group].capitalize()}: {html.escape(' '.join(codes))}."
+                  for group, codes in languages.items() if codes]
+    if s:
+        lines.append(f"Pictures: {html.escape(' '.join(args.images))} ({len(s.rows):,}).")
+    return "<br>".join(lines)
+
+
+def sections_of(args, model, tokenizer, languages, s):
+    """-> [(title, HTML)]"""
+    trained = list(itertools.chain(*languages.values())) if languages else ()
+    runs = dict(zip(short_names(args.runs), args.runs))
+    variants = {name: table.folder_of(args.table, name, 0) / "pretrained" for name in table.VARIANTS
+                if args.table}
+    runs |= {name: folder for name, folder in variants.items() if folder.is_dir()}
+    results = results_of(runs)
+    if s and not results:
+        scores = evaluate.retrieval(model, tokenizer, s.rows, None, 0, trained)
+        results = {"this checkpoint": {" ".join(args.images): scores}}
+    parts = [section("Recall by language", recall, results, languages),
+             section("Tasks", task_tables, args.table),
+             section("Training", curves, runs)]
+    if not s:
+        return [*parts, ("Pictures", '<p class="soft">Left out: all that needs pictures with '
+                                     "captions; name some with --images.</p>")]
+    scene = demo_scene() if args.images[0].startswith("demo") else scene_of(s)
+    return [section("One concept, eight languages", gallery, s), *parts,
+            section("Which patches speak for a word", word_maps, model, tokenizer, s, scene),
+            section("The shared space", space, s, kept_checkpoints(args.ckpt)),
+            section("From language to language", across, s),
+            section("Wrong answers", mistakes, s, tokenizer)]
+
+
+def report(args, device):
+    for folder in args.runs or []:
+        if not folder.is_dir():
+            raise ValueError(f"--runs {folder} is not a folder: name the --out of a run")
+    model, tokenizer, languages = evaluate.load(args.ckpt, device)
+    state = read_checkpoint(args.ckpt, mmap=True)
+    args.runs = args.runs or [args.ckpt.parent]
+    trained_on = argparse.Namespace(**{"images": [], **state["config"]["train"]})
+    if not args.images and is_demo(trained_on):
+        args.images = ["demo:test_style"]
+    s = None
+    if args.images:
+        rows = evaluate.evaluation_set(args.images, None, args.cache, args.image_root)
+        s = encode_set(model, tokenizer, rows[:PICTURES], languages)
+    sections = sections_of(args, model, tokenizer, languages, s)
+    title = f"CCLM: {html.escape(args.ckpt.resolve().parent.name)}"
+    raw = page(title, about_model(args, model, state, languages, s), sections).encode()
+    data.write_output(args.out, raw)
+    print(f"wrote {args.out}: {len(raw) / 2 ** 20:.2f} MB")
+
+
+def main(argv=None):
+    """The command line -> exit status; a user's mistake is one line and status 2."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", type=pathlib.Path, required=True, help="checkpoint of train.py")
+    add("--runs", type=pathlib.Path, nargs="+", metavar="OUT",
+        help="folders of runs to compare (default: that of --ckpt)")
+    add("--table", type=pathlib.Path, metavar="DIR", help="the --out of python -m demo.table")
+    add("--images", nargs="+", metavar="FILE", help="demo:SPLIT, or what train.py --images reads "
+        "(default: demo:test_style, for a model of the demo)")
+    add("--image_root", metavar="DIR", help="folder of the images that JSON lines name")
+    add("--cache", metavar="DIR", help="folder for indices of the files (default: beside them)")
+    add("--out", type=pathlib.Path, default="report.html", metavar="FILE",
+        help="the page (default: report.html)")
+    args = parser.parse_args(argv)
+    try:
+        data.check_target(args.out)
+        report(args, "cuda" if torch.cuda.is_available() else "cpu")
+    except (ValueError, OSError, BadRecord) as error:
+        return data.fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    data.run(main)
