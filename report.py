@@ -133,6 +133,8 @@ def chance_of(folder):
         return {}
     state = read_checkpoint(files[0], mmap=True)
     args = argparse.Namespace(**state["config"]["train"])
+    if "batch" not in args:                                 # imported weights, not a run
+        return {}
     if state["config"].get("task"):
         with contextlib.suppress(ValueError, OSError):      # xgqa's is that of its list of answers
             task = TASKS[state["config"]["task"]](args.data, args.image_root)
@@ -147,16 +149,20 @@ def chance_of(folder):
 
 def curves_of(folder):
     """A run's log.csv -> {column: [(step, number)]} of its losses and validation scores."""
-    rows = whole_rows(folder / "log.csv", math.inf) if (folder / "log.csv").exists() else []
+    log = folder / "log.csv"
+    rows = whole_rows(log, math.inf) if log.exists() else []
     if not rows:
         return {}
-    columns = list(rows[0])
-    losses = columns[columns.index("loss") + 1:columns.index("temperature")]
-    scores = [k for k in columns if k.startswith("val_") and not k.endswith("i2t_r1")]
     curves = {}
-    for column in losses + scores:
-        points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-        curves[column] = [(x, y) for x, y in points if math.isfinite(y)]
+    try:
+        columns = list(rows[0])
+        losses = columns[columns.index("loss") + 1:columns.index("temperature")]
+        scores = [k for k in columns if k.startswith("val_") and not k.endswith("i2t_r1")]
+        for column in losses + scores:
+            points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+            curves[column] = [(x, y) for x, y in points if math.isfinite(y)]
+    except ValueError as error:
+        raise ValueError(f"{log} is no log of train.py: {error}") from None
     return {column: points for column, points in curves.items() if points}
 
 
@@ -202,14 +208,16 @@ STYLE = """
 body {font: 1rem/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
   max-width: 72rem; margin: auto; padding: 1rem; overflow-wrap: anywhere}
 h1 {font-size: 1.6rem; line-height: 1.2} h2 {font-size: 1.25rem} h3 {font-size: 1rem}
-h1, h2, h3, p {margin: 0 0 .5rem} p {max-width: 45rem} section {margin: 2.5rem 0}
+h1, h2, h3, p {margin: 0 0 .5rem} p {max-width: 45rem}
+section {margin: 2.5rem 0}
 nav a {color: inherit; margin-right: .75rem; display: inline-block; padding: .25rem 0}
 figcaption, .soft {color: var(--soft); font-size: .85rem; line-height: 1.35; padding-top: .3rem}
 .grid {display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr))}
 .box {background: var(--box); border-radius: .5rem; padding: .75rem; min-width: 0}
 .row {display: grid; gap: .5rem; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr)}
-figure {margin: 0} figure, .box, tr {break-inside: avoid} h2, caption {break-after: avoid}
+figure {margin: 0} figure, .box, tr {break-inside: avoid}
+h2, caption, section > p {break-after: avoid}
 img {display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #fff;
   border-radius: .4rem}
 .right img {outline: 3px solid var(--right); outline-offset: 1px}
@@ -220,8 +228,9 @@ svg {display: block; width: 100%; fill: currentColor} svg.key {display: inline; 
 table {border-collapse: collapse; font-size: .85rem; margin: .5rem 0 1rem}
 caption {text-align: left; font-weight: 600}
 th, td {padding: .15rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
-  font-variant-numeric: tabular-nums; overflow-wrap: normal} th:first-child {text-align: left}
-.bars td {min-width: 5.5rem; background:
+  font-variant-numeric: tabular-nums; overflow-wrap: normal}
+th:first-child {text-align: left; position: sticky; left: 0; background: var(--page)}
+.bars th:first-child {min-width: 8rem} .bars td {min-width: 4.5rem; background:
   linear-gradient(to right, var(--bar) calc(var(--x) * 1%), transparent 0)}
 .heat th, .heat td {padding: .1rem .25rem; font-size: .75rem; border: 0; text-align: center}
 .heat td {background: rgb(43 123 186 / calc(var(--x) * .6%))}
@@ -319,6 +328,8 @@ def line_chart(title, lines, chance=None):
 def curves(runs):
     """runs {name: folder} -> a chart of each column of their log.csv."""
     found = {name: curves_of(folder) for name, folder in runs.items()}
+    if not any(found.values()):
+        raise LeftOut(f"no log.csv with rows in {' or '.join(map(str, runs.values()))}")
     chance = {}
     for folder in runs.values():
         chance = chance_of(folder) | chance
@@ -333,8 +344,6 @@ def curves(runs):
         chart = line_chart(f"{name} by step", lines, chance.get(column))
         boxes.append(f'<figure class="box"><h3>{name}</h3>{chart}<figcaption>last: '
                      f"{'; '.join(last)}</figcaption></figure>")
-    if not boxes:
-        raise LeftOut(f"no log.csv with rows in {' or '.join(map(str, runs.values()))}")
     return ("<p>The losses, and a validation's scores (val_) in %. Chance is the value of a model "
             f"that has learned nothing.</p><p>{' &nbsp; '.join(keys)}</p>"
             f'<div class="grid">{"".join(boxes)}</div>')
@@ -445,8 +454,9 @@ def scene(s, demo):
     """A picture and the words to look for in it: [{language: word}]. In the demo a test scene of
     four drawings and two of its words; else a picture with many captions, and these."""
     if demo:
-        row = next(row for row in emoji.split("test_scenes") if len(row["ids"]) == 4)
-        return row["image"], [emoji.concepts()[i]["name"] for i in row["ids"][:2]]
+        four = next(names for names in emoji.drawings_of("test_scenes") if len(names) == 4)
+        ids = [name.split("/")[1] for name in four[:2]]
+        return emoji.draw(four), [emoji.concepts()[i]["name"] for i in ids]
     number = int(s.has(*s.texts).sum(0).argmax())
     words = {k: texts[number] for k, texts in s.texts.items() if texts[number]}
     return evaluate.read_image(s.rows[number]), [words]
@@ -504,9 +514,9 @@ def labels(words):
 def path(points, steps):
     """The way of a word through training, a dot for each checkpoint -> SVG."""
     joined = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
-    dots = [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="2"><title>step {step:,}</title></circle>'
-            for step, (x, y) in zip(steps, points)]
-    return (f'<polyline points="{joined}" fill="none" stroke="currentColor" opacity=".6" '
+    dots = [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="2" fill="{COLOURS[0]}"><title>step {step:,}'
+            "</title></circle>" for step, (x, y) in zip(steps, points)]
+    return (f'<polyline points="{joined}" fill="none" stroke="{COLOURS[0]}" '
             f'stroke-dasharray="4 3"/>{"".join(dots)}')
 
 
@@ -541,8 +551,9 @@ def space(s, ckpt):
     return (f"<p>A picture and its words should lie together, whatever the language ("
             f"{' '.join(codes)}). The axes are the two along which these vectors differ most (PCA) "
             "at the end of training; more dimensions are not seen. Broken lines: the ways of the "
-            f"words for {text(s.name(concepts[0]))} through checkpoints, {told}. Words of a script "
-            'that was never in training lie in one heap.</p><div class="wide"><svg class="space" '
+            f"words for {text(s.name(concepts[0]))} through checkpoints, {told}. Early in "
+            "training all pictures lie apart from all words. Words of a script that was never in "
+            'training stay in one heap.</p><div class="wide"><svg class="space" '
             f'viewBox="0 0 {WIDTH} {HEIGHT}" role="group" font-size="12" aria-label="Pictures and '
             f'words in one plane">{"".join([*lines, *drawings, *ways, *dots, labels(named)])}'
             "</svg></div>")
@@ -694,7 +705,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         data.check_target(args.out)
-        raw = report(args, "cuda" if torch.cuda.is_available() else "cpu").encode()
+        raw = report(args, "cuda" if torch.cuda.is_available() else "cpu")
+        raw = raw.encode("utf-8", "backslashreplace")               # of any file's name
         data.write_output(args.out, raw)
         print(f"wrote {args.out}: {len(raw) / 2 ** 20:.2f} MB")
     except (ValueError, OSError, BadRecord) as error:
