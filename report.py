@@ -608,9 +608,9 @@ def mistakes(s, tokenizer):
                              f"{kind}; read as {text(' '.join(pieces[:PIECES]))}{more}", figures))
     if not boxes:
         raise LeftOut("every query finds its picture")
-    return ("<p>Nearly right: the wrong cosine is hardly the higher one; often two things are alike "
-            "or share a word. Surely wrong: it is higher by the most. Lost: the right picture came "
-            "last; look at the pieces into which the tokenizer cut the word.</p>"
+    return ("<p>Nearly right: the wrong cosine is hardly the higher one; often two things are "
+            "alike or share a word. Surely wrong: it is higher by the most. Lost: the right "
+            "picture came last; look at the pieces into which the tokenizer cut the word.</p>"
             f'<div class="grid">{"".join(boxes)}</div>')
 
 
