@@ -353,6 +353,17 @@ def worker_count(args):
 # The objective
 # --------------------------------------------------------------------------------------------------
 
+def chance_levels(args, vocabulary):
+    """{name of a loss of pre-training: what a model that knows nothing gets}. A loss that stays
+    there says that nothing is learned (README, "Is my run healthy?")."""
+    chance = {}
+    for stream, batch in (("image", args.batch), ("text", args.text_batch)):
+        chance[f"{stream}_contrast"] = math.log(batch)
+        chance[f"{stream}_match"] = 0.6365                      # entropy of 1 true : 2 false pairs
+        chance[f"{stream}_mask"] = math.log(vocabulary)
+    return chance
+
+
 class Pretraining(nn.Module):
     """The losses of both streams in ONE forward, so that DDP sees one forward and one backward.
 
@@ -376,13 +387,7 @@ class Pretraining(nn.Module):
         if not args.match:
             self.weights["match"] = 0.0
         self.options = Options(self.weights, condition=args.condition)
-        # A loss that stays at its chance level says that nothing is learned (README, "Is my run
-        # healthy?").
-        self.chance = {}
-        for stream, batch in (("image", args.batch), ("text", args.text_batch)):
-            self.chance[f"{stream}_contrast"] = math.log(batch)
-            self.chance[f"{stream}_match"] = 0.6365             # entropy of 1 true : 2 false pairs
-            self.chance[f"{stream}_mask"] = math.log(tokenizer.size)
+        self.chance = chance_levels(args, tokenizer.size)
         self.validation = []
         if validation_rows:
             # Made when they are first needed.

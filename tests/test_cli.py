@@ -10,6 +10,7 @@ import torch
 
 import data
 import evaluate
+import report
 import search
 import train
 from demo import emoji
@@ -33,11 +34,12 @@ def test_a_mistake_is_one_line_and_status_2_of_the_command():
 def test_nothing_imports_what_windows_lacks():
     """A module that is None in sys.modules cannot be imported: as on Windows, which lacks these."""
     code = ("import sys; sys.modules.update(dict.fromkeys(['fcntl', 'resource', 'grp', 'pwd', 'termios']));"
-            "import search, train, weights")
+            "import report, search, train, weights")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("main, words", [(train.main, []), (evaluate.main, ["retrieval"]), (search.main, [])])
+@pytest.mark.parametrize("main, words", [(train.main, []), (evaluate.main, ["retrieval"]), (search.main, []),
+                                         (report.main, [])])
 def test_every_command_has_help_with_defaults(capsys, main, words):
     with pytest.raises(SystemExit) as end:
         main([*words, "--help"])

@@ -13,6 +13,7 @@ import torch
 
 import data
 import evaluate
+import report
 import samples
 import search
 import train
@@ -22,7 +23,7 @@ from model import CCLM, build
 from published import beit, clip, random, single_stack, xlmr
 
 PROGRAMS = {"weights": weights.main, "train": train.main, "evaluate": evaluate.main, "search": search.main,
-            "data": data.main}
+            "data": data.main, "report": report.main}
 TRAIN = "train --batch 4 --text_batch 4 --workers 0 --no-eval --steps 1 --out run "
 OWN = TRAIN + "--images a.tar --tokenizer spm.model "                        # these two files are made
 RETRIEVAL = "evaluate retrieval --ckpt a.pt "
@@ -288,6 +289,10 @@ CASES = [
     ("a page that is a folder", {"a.pt": own(), "b/x.png": b"text"}, "search --ckpt a.pt --images b --html b dog", ["b cannot be written"]),
     ("features in no folder", {}, "search --ckpt a.pt --images . --features none/f.npz", ["none/f.npz cannot be written"]),
     ("a port that is none", {}, "search --ckpt a.pt --images . --serve 99999", ["--serve 99999: "]),
+    ("a run that is not there", {"a.pt": own()}, "report --ckpt a.pt --runs none", ["--runs none", "--out of a run"]),
+    ("results that are no JSON", {"a.pt": own(), "b/results.json": b"{"}, "report --ckpt a.pt --runs b", ["results.json", "JSON"]),
+    ("a log of another program", {"a.pt": own(), "b/log.csv": b"step,a\n1,2\n"}, "report --ckpt a.pt --runs b", ["b/log.csv", "'loss'"]),
+    ("a report without a folder", {"a.pt": own()}, "report --ckpt a.pt --out none/a.html", ["none/a.html cannot be written"]),
 ]
 
 
