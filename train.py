@@ -263,6 +263,7 @@ def check_benchmark(args):
     names = ("images", "texts", "val", "held_out", "tokenizer", "init", "task", "explain",
              "translation_lm")
     given = [f"--{name}" for name in names if getattr(args, name)]
+    # Its counts of work are of the one fusion encoder that both streams share.
     if not args.shared_fusion and args.shared_fusion is not None:
         given.append("--no-shared_fusion")
     if args.benchmark and given:
@@ -578,9 +579,12 @@ def train_step(run, batch, stats, step):
     args = run.args
     batch = [to_device(stream, run.device) for stream in batch]
     rank, W = world()
+    # 1. The rates of this step: every group has a peak of its own.
     factor = lr_at(step, args)
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+    # 2. Forward and backward, with DDP's mean of the processes' gradients.
     # Seeded anew at every step: dropout differs between steps and processes, and a resumed run
     # draws what the uninterrupted one drew. (2 * seed: the second stream draws with 2 * seed + 1.)
     seed = args.seed * 1_000_003 + step
@@ -591,7 +595,7 @@ def train_step(run, batch, stats, step):
     loss.backward()
     norms = gradient_norms(run.objective)
 
-    # All that processes must know of each other goes through ONE all-reduce and one wait for the
+    # 3. All that processes must know of each other goes through ONE all-reduce and one wait for the
     # device. Every process then holds the same sums, so all of them decide alike.
     numbers = {"loss": loss.detach()} | numbers | norms
     bad, too_many = run.bad_records.count(stats["bad_records"])
@@ -603,6 +607,7 @@ def train_step(run, batch, stats, step):
     row |= {"step": step + 1, "lr": args.lr * factor, "bad_records": int(bad), "cut": int(cut)}
     finite = math.isfinite(row["loss"]) and math.isfinite(row["norm_all"])
 
+    # 4. The update; none where a loss or a gradient is not finite, on any process.
     if finite and not too_many:
         nn.utils.clip_grads_with_norm_(run.objective.parameters(), args.clip, norms["norm_all"])
         run.optimizer.step()
