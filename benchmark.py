@@ -136,7 +136,7 @@ def attention_backward_flops(gradient, *args, **kwargs):
 
 def count_flops(run_step):
     """FLOPs of the matrix products of run_step()."""
-    from torch.utils.flop_counter import FlopCounterMode        # here: it imports Triton
+    from torch.utils.flop_counter import FlopCounterMode        # it loads Triton
     mapping = {torch.ops.aten.addmm_: addmm_flops}
     if hasattr(torch.ops.cclm, "attention"):                    # its kernels are in use
         # _get_raw: they want tensors, not only shapes.
@@ -192,11 +192,11 @@ def synchronize(device):
 
 @contextlib.contextmanager
 def parts_named(model, optimizer):
-    """While it lasts, a profiler sees what a part does in the forward pass under its name."""
+    """While it lasts, a profiler sees the forward pass of every part under the part's name."""
     functions = [(model.vision, "forward", "vision"), (model.text, "forward", "text"),
                  (model.fusion, "forward", "fusion"), (losses, "masked_lm_loss", "vocabulary"),
                  (optimizer, "step", "optimizer")]
-    # The waits for other processes; what of it the losses have in the backward pass, too.
+    # What losses.py and train_step exchange, and wait for.
     for name in ("all_reduce", "all_gather_single", "reduce_scatter_single"):
         functions.append((dist, name, "communication"))
     with contextlib.ExitStack() as stack:

@@ -6,6 +6,7 @@
     python train.py --init ckpt.pt --out out/more           start from a checkpoint
     python train.py --no-parallel_text --out out/ablation   what the parallel text is worth
     python train.py --explain                               one example through every station
+    python train.py --benchmark --preset base               what a step costs on this machine
     python train.py --task xvnli --init ckpt.pt --data ROOT --image_root DIR       fine-tuning
 
 A preset is a model and its recipe (model.py: PRESETS, RECIPES); a flag overrides one value. One
@@ -263,8 +264,8 @@ def check_benchmark(args):
     names = ("images", "texts", "val", "held_out", "tokenizer", "init", "task", "explain",
              "translation_lm")
     given = [f"--{name}" for name in names if getattr(args, name)]
-    # Its counts of work are of the one fusion encoder that both streams share.
-    if not args.shared_fusion and args.shared_fusion is not None:
+    # DDP wants a gradient for every parameter, and images alone do not use its second encoder.
+    if args.shared_fusion is False:
         given.append("--no-shared_fusion")
     if args.benchmark and given:
         raise ValueError(f"--benchmark measures a new model on random data: leave "
@@ -996,6 +997,7 @@ def finetuning_batches(args, model, tokenizer, task, examples):
 def survey(args, streams, size):
     """Says what the data are -> codes of the languages "seen" with images, and of those "text_only"
     in parallel text."""
+    # Random data are in no language.
     if args.benchmark:
         return {}
     found = []
@@ -1265,6 +1267,7 @@ def main(argv=None, step=train_step):
                 image, text, _ = run.batches[0]
                 explain(run.objective.eval(), to_device(image, device), to_device(text, device),
                         gradient_norms, args.html)
+            # A run that is measured and thrown away; its batches are random.
             elif args.benchmark:
                 steps = benchmark.STEPS * (2 if args.parallel_text else 1)
                 benchmark.command(run, load(run, steps), step)
@@ -1285,7 +1288,7 @@ def main(argv=None, step=train_step):
                       f"checkpoint in {args.out}", told[0] == DIED)
     except (ValueError, OSError) as error:
         status = fail(error, run is None)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StopIteration):                  # load ends early on a Ctrl-C
         status = fail(f"interrupted; a checkpoint in {args.out} is as it was", True)
     if dist.is_initialized():
         if not status:

@@ -163,7 +163,7 @@ def test_imports_point_one_way():
         own = path.parent.name if path.parent != ROOT else path.stem
         for name, top in imports(ast.parse(path.read_text(encoding="utf-8"))):
             other = name.split(".")[0]
-            lazy = other == "triton" or "_triton" in name or "flop_counter" in name          # imports Triton
+            lazy = other == "triton" or "_triton" in name or "flop_counter" in name       # it imports Triton
             assert top or lazy or path.name == "bench.py", f"{path.name} imports {name} inside a function"
             if other in LEVEL and other != own:
                 assert LEVEL[other] < LEVEL[own], f"{path.name} imports {name}"
