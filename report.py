@@ -19,6 +19,7 @@ Letters: I pictures, n of them with captions in two languages, C concepts, L lan
 """
 import argparse
 import base64
+import collections
 import contextlib
 import html
 import io
@@ -215,7 +216,7 @@ figcaption, .soft {color: var(--soft); font-size: .85rem; line-height: 1.35; pad
 .grid {display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr))}
 .box {background: var(--box); border-radius: .5rem; padding: .75rem; min-width: 0}
-.row {display: grid; gap: .5rem; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr)}
+.row {display: grid; gap: .5rem; grid-auto-flow: column; grid-auto-columns: minmax(0, 10rem)}
 figure {margin: 0} figure, .box, tr {break-inside: avoid}
 h2, caption, section > p {break-after: avoid}
 img {display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #fff;
@@ -294,9 +295,9 @@ def stroke(number):
             f'stroke-dasharray="{DASHES[number % len(DASHES)]}"')
 
 
-def line_chart(title, lines, chance=None):
-    """lines [[(x, y)]], one for each run -> SVG."""
-    ys = [y for points in lines for _, y in points] + ([] if chance is None else [chance])
+def line_chart(title, lines, chances=()):
+    """lines [[(x, y)]], one for each run -> SVG, with a level for each value of chance."""
+    ys = [y for points in lines for _, y in points] + list(chances)
     last = max(x for points in lines for x, _ in points)
     low = 0.0 if min(ys) < 0.3 * max(ys) else min(ys)
     high = max(max(ys), low + 1e-9)
@@ -311,7 +312,7 @@ def line_chart(title, lines, chance=None):
     for y in (low, (low + high) / 2, high):
         parts.append(level(y, 'opacity=".2"') + f'<text x="38" y="{place(0, y).split()[1]}" dy="4" '
                      f'text-anchor="end">{y:.3g}</text>')
-    if chance is not None:
+    for chance in chances:
         parts.append(level(chance, 'stroke-dasharray="1 3"') + '<text x="312" dy="-4" y="'
                      f'{place(0, chance).split()[1]}" text-anchor="end">chance {chance:.3g}</text>')
     parts += [f'<polyline points="{" ".join(place(x, y) for x, y in points)}" {stroke(number)}/>'
@@ -330,9 +331,10 @@ def curves(runs):
     found = {name: curves_of(folder) for name, folder in runs.items()}
     if not any(found.values()):
         raise LeftOut(f"no log.csv with rows in {' or '.join(map(str, runs.values()))}")
-    chance = {}
+    chances = collections.defaultdict(set)                      # other batches, other chances
     for folder in runs.values():
-        chance = chance_of(folder) | chance
+        for column, chance in chance_of(folder).items():
+            chances[column].add(chance)
     keys = [f'<svg class="key" viewBox="0 0 32 8" aria-hidden="true"><path d="M0 4h32" '
             f"{stroke(number)}/></svg> {text(name)}" for number, name in enumerate(runs)]
     boxes = []
@@ -341,7 +343,7 @@ def curves(runs):
         last = [f"{text(name)} {curve[column][-1][1]:.4g}" for name, curve in found.items()
                 if column in curve]
         name = html.escape(column)
-        chart = line_chart(f"{name} by step", lines, chance.get(column))
+        chart = line_chart(f"{name} by step", lines, chances[column])
         boxes.append(f'<figure class="box"><h3>{name}</h3>{chart}<figcaption>last: '
                      f"{'; '.join(last)}</figcaption></figure>")
     return ("<p>The losses, and a validation's scores (val_) in %. Chance is the value of a model "
@@ -498,7 +500,7 @@ def plane(fitted, shown):
 
 
 def labels(words):
-    """[(x, y, word, language)] -> SVG; a label that would cover another moves down."""
+    """[(x, y, word, language)] -> SVG, the lowest y. A label that would cover another moves down."""
     placed = []
     parts = []
     for x, y, word, k in sorted(words, key=lambda label: label[1]):
@@ -508,7 +510,7 @@ def labels(words):
         placed.append((x, end, y))
         parts.append(f'<text x="{x:.0f}" y="{y:.0f}" lang="{html.escape(k)}">'
                      f"{html.escape(word)}</text>")
-    return "".join(parts)
+    return "".join(parts), max(y for _, _, y in placed)
 
 
 def path(points, steps):
@@ -547,6 +549,8 @@ def space(s, ckpt):
             named.append((u + 7, v + 4, s.texts[k][i][:24], k))
     steps = [step for step, _ in before]
     ways = [path(place(way), steps) for way in ways if steps]
+    names, lowest = labels(named)
+    height = max(HEIGHT, int(lowest) + 10)
     told = f"steps {', '.join(map(str, steps))} and the end" if steps else "left out: none are kept"
     return (f"<p>A picture and its words should lie together, whatever the language ("
             f"{' '.join(codes)}). The axes are the two along which these vectors differ most (PCA) "
@@ -554,8 +558,8 @@ def space(s, ckpt):
             f"words for {text(s.name(concepts[0]))} through checkpoints, {told}. Early in "
             "training all pictures lie apart from all words. Words of a script that was never in "
             'training stay in one heap.</p><div class="wide"><svg class="space" '
-            f'viewBox="0 0 {WIDTH} {HEIGHT}" role="group" font-size="12" aria-label="Pictures and '
-            f'words in one plane">{"".join([*lines, *drawings, *ways, *dots, labels(named)])}'
+            f'viewBox="0 0 {WIDTH} {height}" role="group" font-size="12" aria-label="Pictures and '
+            f'words in one plane">{"".join([*lines, *drawings, *ways, *dots, names])}'
             "</svg></div>")
 
 
@@ -681,7 +685,7 @@ def report(args, device):
             results = {"this checkpoint": {" ".join(args.images): scores}}
     of_runs = {"Recall by language": (recall, results, languages), "Tasks": (tasks, args.table),
                "Training": (curves, runs)}
-    first = {"One concept, eight languages": (gallery, s)} if args.images else {}
+    first = {"One concept, many languages": (gallery, s)} if args.images else {}
     title = f"CCLM: {html.escape(str(args.ckpt.parent))}"
     return page(title, "<br>".join(map(html.escape, about)), first | of_runs | sections)
 

@@ -15,7 +15,7 @@ from demo import emoji, table
 from model import CCLM, PRESETS
 from test_table import arguments, pretend
 
-SECTIONS = ["One concept, eight languages", "Recall by language", "Tasks", "Training", "Which patches speak for a word",
+SECTIONS = ["One concept, many languages", "Recall by language", "Tasks", "Training", "Which patches speak for a word",
             "The shared space", "From language to language", "Wrong answers"]
 VOID = {"meta", "link", "img", "br"}
 
