@@ -15,6 +15,7 @@ import pytest
 import samples
 import torch
 
+import benchmark
 import data
 import train
 from formats.checkpoints import write_checkpoint
@@ -240,7 +241,7 @@ def test_srun_without_torchrun_is_refused(monkeypatch, tmp_path, capsys):
 
 def test_it_can_be_imported_where_there_is_no_fcntl_and_no_resource(monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(benchmark, "resource", None)
     spec = importlib.util.spec_from_file_location("train_on_windows", train.__file__)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "train_on_windows", module)
