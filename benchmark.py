@@ -9,18 +9,18 @@ The step is train.train_step, the flags are those of training, and batches come 
 by its workers; but pixels and tokens are random, and the model is untrained. Captions have 14
 tokens on average, sentences of parallel text 25. Step by step:
 
-    seconds      median of MEASURED steps after WARM_UP, with the wait for data. Parallel text is
-                 not trained alone: its row is both streams minus the images
+    seconds      median of MEASURED steps after WARM_UP, with the wait for data. The row "text",
+                 of parallel text, is both streams minus the images: it is not trained alone
     GFLOP        of all matrix products of one process, counted in a step that is not timed
     official     the same by the official code: padded to the recipe's limits, and keys and values
                  of a view projected for each pair that reads it (computed)
     utilisation  GFLOP per second, as a share of what one large product of the same type reaches
     peak         memory of one process; on a CPU the most so far
-    % of a step  of one more step, by torch.profiler, on a GPU time of kernels. Functions are marked
-                 in the forward pass; the numbers of autograd's nodes find them in the backward
-                 pass. communication: what the losses and the log exchange. DDP's sums run beside
-                 the backward pass; on a CPU the wait for their end is in other, with the gradient's
-                 norm, the contrastive loss and Python
+    %            shares of one more step, by torch.profiler; on a GPU of the time of kernels.
+                 Functions are marked in the forward pass; the numbers of autograd's nodes find
+                 them in the backward pass. communication: what the losses and the log exchange.
+                 DDP's sums run beside the backward pass; on a CPU the wait for their end is in
+                 other, with the gradient's norm, the contrastive loss and Python
 
 Letters: B examples per process, L tokens of a sequence, P patches + 1, D width, V vocabulary.
 """
@@ -245,7 +245,10 @@ def sort_events(events, cuda):
             backward.add(event.id)
         else:
             nodes[event.sequence_nr] = part                     # -1: none
-        own_time = event.self_device_time_total if cuda else event.self_cpu_time_total
+        own_time = event.self_cpu_time_total
+        if cuda:
+            # A kernel that has the event's name is no kernel, but the range of a mark.
+            own_time = sum(k.duration for k in event.kernels if k.name != event.name)
         found[part] += own_time / 1e6                           # from microseconds
     return found
 
@@ -311,7 +314,7 @@ def measure(run, batches, step, streams):
 # --------------------------------------------------------------------------------------------------
 
 def minus(both, images):
-    """The row of parallel text."""
+    """The row of parallel text alone."""
     row = dict(both)
     for name in ("batch", "seconds", "flops", "official_flops"):
         row[name] -= images[name]
@@ -326,10 +329,10 @@ def benchmark(run, batches, step):
     dtype, _ = training_dtype(run.device)
     rate = product_rate(run.device, dtype)
     with parts_named(run.objective.model, run.optimizer):
-        rows = {"image text": measure(run, batches, step, 1)}
+        rows = {"image": measure(run, batches, step, 1)}
         if run.args.parallel_text:
             both = measure(run, batches, step, 2)
-            rows |= {"parallel text": minus(both, rows["image text"]), "both": both}
+            rows |= {"text": minus(both, rows["image"]), "both": both}
     for row in rows.values():
         row["samples_per_s"] = row["batch"] / row["seconds"]
         row["utilisation"] = row["flops"] / row["seconds"] / rate
@@ -342,17 +345,17 @@ def benchmark(run, batches, step):
 def print_report(report):
     print(f"one matrix product of {report['dtype']}: "
           f"{report['product_flops_per_s'] / 1e9:,.0f} GFLOP/s\n\n"
-          f"{'':14}{'batch':>7}{'seconds':>9}{'samples/s':>11}{'GFLOP':>11}{'official':>11}"
+          f"{'':8}{'batch':>7}{'seconds':>9}{'samples/s':>11}{'GFLOP':>11}{'official':>11}"
           f"{'ratio':>7}{'utilisation':>13}{'peak GB':>9}")
     for name, row in report["streams"].items():
         flops = row["flops"] / 1e9
         official = row["official_flops"] / 1e9
-        print(f"{name:14}{row['batch']:7}{row['seconds']:9.3f}{row['samples_per_s']:11.1f}"
+        print(f"{name:8}{row['batch']:7}{row['seconds']:9.3f}{row['samples_per_s']:11.1f}"
               f"{flops:11,.1f}{official:11,.1f}{flops / official:7.2f}{row['utilisation']:13.2f}"
               f"{row['peak_memory'] / 1e9:9.2f}")
-    print(f"\n{'% of a step':14}" + "".join(f"{part:>15}" for part in ("data wait", *PARTS)))
+    print(f"\n{'%':8}" + "".join(f"{part:>15}" for part in ("data wait", *PARTS)))
     for name, row in report["streams"].items():
-        print(f"{name:14}" + "".join(f"{share:15.0f}" for share in row["shares"].values()))
+        print(f"{name:8}" + "".join(f"{share:15.0f}" for share in row["shares"].values()))
 
 
 def command(run, batches, step):

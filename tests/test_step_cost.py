@@ -78,7 +78,7 @@ def test_the_numbers_fit_each_other(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     streams = json.loads((tmp_path / "x.json").read_text())["streams"]
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]          # no checkpoint, no log
-    assert list(streams) == ["image text", "parallel text", "both"]
+    assert list(streams) == ["image", "text", "both"]
     for name, row in streams.items():
         assert name in printed and sum(row["shares"].values()) == pytest.approx(100)
         assert row["samples_per_s"] == pytest.approx(row["batch"] / row["seconds"])
