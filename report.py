@@ -492,7 +492,7 @@ def plane(fitted, shown):
 
 
 def labels(words):
-    """[(x, y, word, language)] -> SVG, the lowest y. A label that would cover another moves down."""
+    """[(x, y, word, language)] -> SVG, the lowest y. One that would cover another moves down."""
     placed = []
     parts = []
     for x, y, word, k in sorted(words, key=lambda label: label[1]):
