@@ -49,7 +49,6 @@ WIDTH = 760                             # of that map
 HEIGHT = 520
 PIECES = 12                             # of a wrong query's tokens that are shown
 THUMBNAIL = 128                         # pixels of the longer side
-DARK = 0.2                              # brightness where a map is lowest
 COLOURS = ("#2b7bba", "#d55e00", "#009e73", "#b5579b", "#b8860b", "#7b68c8", "#c0392b", "#7f7f7f")
 DASHES = ("none", "6 2", "2 2", "8 2 2 2")
 SHOWN = ("en", "zh", "de", "ar", "ru", "ko", "sw", "hi", "it")      # first, where only some fit
@@ -444,14 +443,6 @@ def gallery(s):
             f'<div class="grid">{"".join(boxes)}</div>')
 
 
-def lit(image, parts):
-    """An image, darkened where a map (side, side) is low."""
-    image = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-    parts = (parts.clamp(min=0) / parts.max().clamp(min=1e-9)).cpu()
-    light = Image.fromarray((255 * parts).byte().numpy()).resize(image.size)
-    return Image.composite(image, image.point(lambda value: DARK * value), light)
-
-
 def scene(s, demo):
     """A picture and the words to look for in it: [{language: word}]. In the demo a test scene of
     four drawings and two of its words; else a picture with many captions, and these."""
@@ -467,10 +458,11 @@ def scene(s, demo):
 def maps(model, tokenizer, s, demo):
     """Which patches speak for a word, in three languages?"""
     image, words = scene(s, demo)
+    shown = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     boxes = []
     for word, k in itertools.product(words, s.one_of_each_group()):
         if k in word:
-            cosine, attention = (lit(image, make(model, tokenizer, image, word[k]).detach())
+            cosine, attention = (evaluate.lit(shown, make(model, tokenizer, image, word[k]))
                                  for make in (evaluate.cosine_map, evaluate.attention_map))
             boxes.append(box(f"{k}: {text(word[k], k)}", evaluate.GROUPS.get(s.group_of(k), ""), [
                 figure(image, "the picture", "picture"),
@@ -500,7 +492,7 @@ def plane(fitted, shown):
 
 
 def labels(words):
-    """[(x, y, word, language)] -> SVG, the lowest y. A label that would cover another moves down."""
+    """[(x, y, word, language)] -> SVG, the lowest y. One that would cover another moves down."""
     placed = []
     parts = []
     for x, y, word, k in sorted(words, key=lambda label: label[1]):

@@ -172,7 +172,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",                # of the next start, /picture/3 is another picture
+    "Cache-Control": "no-store",                # after the next start, /picture/3 is another
 }
 
 
