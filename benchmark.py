@@ -2,7 +2,7 @@
 
     python train.py --benchmark                                               the demo
     torchrun --nproc_per_node=8 train.py --benchmark --preset base            eight GPUs
-    python train.py --benchmark --preset base --batch 8 --text_batch 8        fits a CPU: ten minutes
+    python train.py --benchmark --preset base --batch 8 --text_batch 8        fits a CPU: minutes
     ... --full --json FILE          sentences as long as the recipe allows; the numbers as a file
 
 The step is train.train_step, the flags are those of training, and batches come from data.Batches

@@ -51,7 +51,7 @@ COMPRESSED = {                      # the first bytes of gzip, zip, bzip2, xz an
         "is compressed: unpack it, records are read by offset"}
 LINES = 'docs/data.md, "Other layouts", has the command that makes JSON lines of it'
 OTHERS = COMPRESSED | {
-    rb"\xff\xfe|\xfe\xff": "is in UTF-16: save it in UTF-8",
+    rb"(?s)\xff\xfe.\x00|\xfe\xff\x00": "is in UTF-16: save it in UTF-8",
     rb"PAR1": f"is a Parquet file: {LINES}",
     rb"\s*\[\s*\{": f"is one JSON array: {LINES}",
     # An object whose field "images", or whose first field "annotations", is a list of objects.
