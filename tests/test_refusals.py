@@ -27,6 +27,7 @@ PROGRAMS = {"weights": weights.main, "train": train.main, "evaluate": evaluate.m
 TRAIN = "train --batch 4 --text_batch 4 --workers 0 --no-eval --steps 1 --out run "
 OWN = TRAIN + "--images a.tar --tokenizer spm.model "                        # these two files are made
 RETRIEVAL = "evaluate retrieval --ckpt a.pt "
+XM3600 = "evaluate xm3600 --ckpt a.pt --data . --languages en"
 IMPORT = "weights import a.pth --out new.pt"
 XLMR, BEIT, CLIP = xlmr(64, 1), random(beit("", 64, 1, 1)), clip(64)
 SWIN = {"layers.0.blocks.0.attn.qkv.bias": torch.zeros(9), "norm.bias": torch.zeros(8)}
@@ -282,6 +283,11 @@ CASES = [
     ("a negative K", {"a.pt": own()}, RETRIEVAL + "--rerank -1", ["--rerank"]),
     ("a folder that is not there", {"a.pt": own()}, RETRIEVAL + "--json none/x.json", ["none/x.json cannot be written"]),
     ("an unknown language", {"a.pt": own()}, RETRIEVAL + "--data demo:val_concept --languages xx", ["'xx'", "en"]),
+    # benchmarks
+    ("an empty file of a benchmark", {"a.pt": own(), "xm3600/captions.jsonl": b""}, XM3600,
+     ["xm3600: the test set in en has no caption"]),
+    ("a picture of a benchmark that is not there", {"a.pt": own(), "xm3600/captions.jsonl":
+     b'{"image/key": "1", "en": {"caption": ["a"]}}'}, XM3600, ["xm3600/1.jpg", "1 pictures are missing", "--image_root"]),
     ("no pictures", {"a.pt": own(), "b/x.txt": b""}, "search --ckpt a.pt --images b dog", ["b holds no picture"]),
     ("broken pictures", {"a.pt": own(), "b/x.png": b"text"}, "search --ckpt a.pt --images b dog", ["x.png"]),
     ("top 0", {"a.pt": own(), "b/x.png": b"text"}, "search --ckpt a.pt --images b --top 0 dog", ["--top 0"]),

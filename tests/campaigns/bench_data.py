@@ -12,8 +12,8 @@
                                                                pixels: 5,000 images with 25,000 captions
     python tests/campaigns/bench_data.py rerank [--layers 6]   CPU seconds of re-ranking both directions at base size, and of the
                                                                padded loop over queries on the same work
-    python tests/campaigns/bench_data.py xgqa [--questions 1000]  CPU seconds of ranking 1,842 answers for each question at demo
-                                                               size, and of one pass for each question and answer
+    python tests/campaigns/bench_data.py xgqa [--questions 1000]  CPU seconds and peak memory of ranking 1,842 answers for each
+                                                               question at demo size, CPU seconds of one pass for each answer
 """
 import argparse
 import io
@@ -318,6 +318,7 @@ def bench_xgqa(args):
         for batch in batches:
             task.rank(model, batch, trie)
         mine = time.process_time() - start
+        highest = peak(os.getpid())["main"]
         question = task.question(model, batches[0])
         pieces = [tokenizer.encode(answer)[1:-1] for answer in list(answers)[:200]]
         start = time.process_time()
@@ -326,7 +327,7 @@ def bench_xgqa(args):
         each = (time.process_time() - start) / len(pieces)
     theirs = each * len(answers) * len(examples)
     print(f"{len(examples):,} questions, {len(answers):,} answers of {len(trie.token):,} prefixes, demo size, fp32: {mine:.1f} "
-          f"CPU s; one pass for each question and answer takes {1000 * each:.1f} ms, {theirs:,.0f} s in all: "
+          f"CPU s, peak {highest:,.0f} MB; one pass for each question and answer takes {1000 * each:.1f} ms, {theirs:,.0f} s in all: "
           f"{theirs / mine:,.0f} times as long")
 
 
