@@ -401,7 +401,11 @@ def tasks(folder):
         raise LeftOut("no runs of demo.table are named (--table)")
     variants = [name for name in table.VARIANTS if table.folder_of(folder, name, 0).is_dir()]
     seeds = len(list(folder.glob("full/[0-9]*")))
-    lines = table.tables(argparse.Namespace(out=folder, variants=variants, seeds=seeds))
+    try:
+        lines = table.tables(argparse.Namespace(out=folder, variants=variants, seeds=seeds))
+    except (OSError, KeyError, TypeError):
+        raise LeftOut(f"{folder}/benchmark/images/guess.json is missing or of another version: "
+                      "python -m demo.benchmark writes it") from None
     found = []
     for filled, block in itertools.groupby(lines, bool):    # an empty line ends a table
         cells = [[text(cell.strip()) for cell in line.split("|")[1:-1]] for line in block]
