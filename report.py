@@ -216,7 +216,7 @@ figcaption, .soft {color: var(--soft); font-size: .85rem; line-height: 1.35; pad
   grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr))}
 .box {background: var(--box); border-radius: .5rem; padding: .75rem; min-width: 0}
 .row {display: grid; gap: .5rem; grid-auto-flow: column; grid-auto-columns: minmax(0, 10rem)}
-figure {margin: 0} figure, .box, tr {break-inside: avoid}
+figure {margin: 0} figure, .box, tr, p {break-inside: avoid}
 h2, caption, section > p {break-after: avoid}
 img {display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #fff;
   border-radius: .4rem}
@@ -311,9 +311,10 @@ def line_chart(title, lines, chances=()):
     for y in (low, (low + high) / 2, high):
         parts.append(level(y, 'opacity=".2"') + f'<text x="38" y="{place(0, y).split()[1]}" dy="4" '
                      f'text-anchor="end">{y:.3g}</text>')
-    for chance in chances:
-        parts.append(level(chance, 'stroke-dasharray="1 3"') + '<text x="312" dy="-4" y="'
-                     f'{place(0, chance).split()[1]}" text-anchor="end">chance {chance:.3g}</text>')
+    for number, chance in enumerate(sorted(chances)):               # labels side by side
+        parts.append(level(chance, 'stroke-dasharray="1 3"') + f'<text x="{312 - 80 * number}" '
+                     f'y="{place(0, chance).split()[1]}" dy="-4" text-anchor="end">'
+                     f"chance {chance:.3g}</text>")
     parts += [f'<polyline points="{" ".join(place(x, y) for x, y in points)}" {stroke(number)}/>'
               for number, points in enumerate(lines)]
     return (f'<svg viewBox="0 0 320 190" role="img" aria-label="{title}" font-size="11">'
@@ -400,7 +401,11 @@ def tasks(folder):
         raise LeftOut("no runs of demo.table are named (--table)")
     variants = [name for name in table.VARIANTS if table.folder_of(folder, name, 0).is_dir()]
     seeds = len(list(folder.glob("full/[0-9]*")))
-    lines = table.tables(argparse.Namespace(out=folder, variants=variants, seeds=seeds))
+    try:
+        lines = table.tables(argparse.Namespace(out=folder, variants=variants, seeds=seeds))
+    except (OSError, KeyError, TypeError):
+        raise LeftOut(f"{folder}/benchmark/images/guess.json is missing or of another version: "
+                      "python -m demo.benchmark writes it") from None
     found = []
     for filled, block in itertools.groupby(lines, bool):    # an empty line ends a table
         cells = [[text(cell.strip()) for cell in line.split("|")[1:-1]] for line in block]

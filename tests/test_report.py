@@ -164,3 +164,13 @@ def test_a_page_of_ones_own_pictures_says_what_is_left_out_and_escapes_names(tmp
     Tags(text)
     assert "<b>" not in text and "&lt;b&gt;ball" in text and "this checkpoint" in text
     assert "no log.csv" in part(text, "Training") and "no picture has captions in two" in part(text, SECTIONS[6])
+
+
+def test_runs_of_an_older_demo_table_are_left_out(tmp_path):
+    (tmp_path / "full/0").mkdir(parents=True)
+    with pytest.raises(report.LeftOut, match="guess.json is missing"):
+        report.tasks(tmp_path)
+    (tmp_path / "benchmark/images").mkdir(parents=True)
+    (tmp_path / "benchmark/images/guess.json").write_text('{"xvnli": 33.3}')
+    with pytest.raises(report.LeftOut, match="of another version"):
+        report.tasks(tmp_path)
