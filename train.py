@@ -1223,10 +1223,6 @@ def finish(run):
         name = "best.pt"
         state = read_checkpoint(best_path(run), mmap=True)
         run.objective.model.load_state_dict(state["model"])
-    # On a CPU the other processes of this machine leave their cores to this one.
-    if run.device.type == "cpu":
-        others = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(others * torch.get_num_threads())
     say(f"evaluating {args.out}/{name} on the test sets ...")
     report = run.objective.test()
     results = pathlib.Path(args.out, "results.json")
