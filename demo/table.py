@@ -2,7 +2,7 @@
 stand-in benchmark (demo/benchmark.py), one process after the other. Hours on two CPU cores.
 
     python -m demo.table                    three seeds of everything
-    python -m demo.table --seeds 1 --quick  half an hour: short runs, eight languages
+    python -m demo.table --seeds 1 --quick  short runs, eight languages
     python -m demo.table --print            only the tables of what is there
 
 Everything is fine-tuned on English and chosen by the English validation set. Stopped at any time,
