@@ -132,7 +132,7 @@ RECIPES = {
         steps=1200, warmup=80, batch=256, text_batch=256,
         lr=1.5e-3, vision_lr=1.0, text_lr=1.0, fusion_lr=2.0, new_lr=1.0, temperature_lr=3e-4,
         mask_probability=0.15, caption_masked=20, sentence_masked=20,
-        caption_tokens=64, sentence_tokens=64, save_every=400, validate_every=400, workers=1,
+        caption_tokens=64, sentence_tokens=64, save_every=400, validate_every=400, workers=-1,
         processes=2),
     # NOT published and never trained: a guess. The contrastive loss wants a large batch; a model of
     # this size from random weights stands a few 1e-4 after a long warm-up; masking is CCLM-3M's.

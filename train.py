@@ -345,10 +345,13 @@ def launch_others(args):
 
 
 def worker_count(args):
-    """--workers; -1: one fewer than the cores of this trainer, at least 1 and at most 8."""
+    """--workers; -1: one fewer than the cores of this trainer, at most 8, on a GPU at least 1. A
+    trainer with one core prepares its batches itself: a worker would only take the core from it."""
+    if args.workers >= 0:
+        return args.workers
     trainers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = (os.cpu_count() or 1) // trainers
-    return args.workers if args.workers >= 0 else max(1, min(8, cores - 1))
+    return max(int(torch.cuda.is_available()), min(8, cores - 1))
 
 
 # --------------------------------------------------------------------------------------------------
