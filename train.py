@@ -88,7 +88,8 @@ from formats.sources import BadRecords, parse_all
 from kernels.packed import offsets
 from losses import MaskedText, Options, all_reduce, cross_view, translation_lm, world
 from model import (PRESETS, RECIPE, RECIPE_SOURCES, RECIPES, Config, View, inference_context,
-                   parameter_groups, training_dtype)
+                   training_dtype)
+from optimizer import OPTIMIZERS, parameter_groups
 from tasks import TASKS
 from tasks.common import Examples
 from weights import starting_point
@@ -137,8 +138,10 @@ def settings(argv=None):
         parser.set_defaults(image_size=None if preset == "demo" else task.image_size)
     # RECIPE names the flags of a recipe and says what they mean; the types are those of the values.
     recipe = parser.add_argument_group("recipe: these defaults are the preset's")
+    choices = {"optimizer": OPTIMIZERS}
     for name, value in values.items():
-        recipe.add_argument(f"--{name}", type=types[name], default=value, help=RECIPE[name])
+        recipe.add_argument(f"--{name}", type=types[name], default=value, help=RECIPE[name],
+                            choices=choices.get(name))
     return parser.parse_args(argv)
 
 
@@ -198,7 +201,7 @@ def add_data_flags(flag):
 def add_model_flags(flag):
     flag("--preset", choices=PRESETS, help="model and recipe")
     flag("--init", metavar="CKPT", help="start from its weights, tokenizer and model settings")
-    flag("--weight_decay", type=float, default=0.01, help="AdamW's, not on vectors")
+    flag("--weight_decay", type=float, default=0.01, help="not on vectors")
     flag("--clip", type=float, default=1.0, help="largest norm of the whole gradient")
     choices = {"vision": ("vit", "beit2", "clip"), "pool": ("first", "mean")}
     for field in fields(Config):
@@ -915,7 +918,7 @@ def prepare(args, device):
     # 3. Optimizer.
     new = new_parameters(args, state)
     groups = parameter_groups(objective, learning_rate(args, task, new), args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    optimizer = OPTIMIZERS[args.optimizer](groups, betas=(0.9, 0.98), fused=True)
     if state:
         optimizer.load_state_dict(state["optimizer"])
 

@@ -34,7 +34,8 @@ BATCH = 128                             # examples that are evaluated at once
 # The published recipe of the tasks (docs/paper.md, "Optimisation"), over the preset's; None: by the
 # number of examples (train.set_schedule).
 RECIPE = dict(steps=None, epochs=10.0, warmup=None, batch=128, lr=3e-5, vision_lr=1.0, text_lr=1.0,
-              fusion_lr=1.0, new_lr=2.0, caption_tokens=80, save_every=None, validate_every=None)
+              fusion_lr=1.0, new_lr=2.0, optimizer="adamw", caption_tokens=80, save_every=None,
+              validate_every=None)
 # The same for the small model of the demo, which was trained for minutes: a higher rate.
 DEMO_RECIPE = RECIPE | dict(lr=3e-4)
 
