@@ -42,13 +42,14 @@ def orthogonal(matrix, steps=5):
     brings numbers of (0, 1] near 1, applied to the matrix, does this to all of them: no SVD. In
     float32: torch.optim.Muon does the same in bf16, 20 times as slow on a CPU without bf16."""
     a, b, c = POLYNOMIAL
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix            # the smaller side first
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix                                         # (n, m), n <= m
     x = x / x.norm().clamp(min=1e-7)                                         # S <= 1
     for _ in range(steps):
         square = x @ x.T                                                     # S^2, (n, n)
         polynomial = torch.addmm(square, square, square, beta=b, alpha=c)    # bS^2 + cS^4
         x = torch.addmm(x, polynomial, x, beta=a)                            # aS + bS^3 + cS^5
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.T if tall else x
 
 
 class Muon(torch.optim.AdamW):

@@ -3,14 +3,13 @@
     python tests/campaigns/runs.py keep out/seed0 docs/runs/seed0
     python tests/campaigns/runs.py mean docs/runs/seed0 docs/runs/seed1 docs/runs/seed2
 
-keep: of a folder and all folders in it, the JSON files with results, whole, and log.csv with about 60 rows: every n-th
-one, those with a validation, and the last. No checkpoint.
+keep: of a folder and all folders in it, the JSON files with results, with two decimals, and log.csv with about 60 rows:
+every n-th one, those with a validation, and the last. No checkpoint.
 mean: the groups of results.json as a table of Markdown, mean and standard deviation of several runs.
 """
 import csv
 import json
 import pathlib
-import shutil
 import statistics
 import sys
 
@@ -57,7 +56,8 @@ def keep(source, target):
             if path.name == "log.csv":
                 thin(path, copy)
             else:
-                shutil.copyfile(path, copy)
+                scores = json.loads(path.read_text(encoding="utf-8"), parse_float=lambda number: round(float(number), 2))
+                copy.write_text(json.dumps(scores) + "\n", encoding="utf-8")
             written.append(copy)
     if not written:
         sys.exit(f"{source} has no {', '.join(RESULTS)} or log.csv")
