@@ -5,10 +5,11 @@ stand-in benchmark (demo/benchmark.py), one process after the other. Hours on tw
     python -m demo.table --seeds 1 --quick  short runs, eight languages
     python -m demo.table --print            only the tables of what is there
 
-Everything is fine-tuned on English and chosen by the English validation set. Stopped at any time,
-the same command goes on: a step whose results are there is left out, a run that was cut continues
-from its checkpoint (train.py). OUT/VARIANT/SEED/ holds pretrained/ and a folder for each task, each
-with log.csv, settings and results; OUT/table.md holds the tables.
+Everything is fine-tuned on English and chosen by the English validation set. Ablations are not
+fine-tuned for retrieval, which they can do without. Stopped at any time, the same command goes on:
+a step whose results are there is left out, a run that was cut continues from its checkpoint
+(train.py). OUT/VARIANT/SEED/ holds pretrained/ and a folder for each task, each with log.csv,
+settings and results; OUT/table.md holds the tables.
 """
 import argparse
 import json
@@ -91,24 +92,30 @@ def score(task, checkpoint, files, languages, result):
             "--json", result)
 
 
-def run_all(args):
-    files = make_benchmark(args.out)
+def chain(args, variant, seed, files):
+    """Everything of one run: pre-training, then each task."""
+    folder = folder_of(args.out, variant, seed)
     languages = QUICK_LANGUAGES if args.quick else sum(GROUPS.values(), [])
     options = QUICK["task"] if args.quick else []
+    checkpoint = pretrain(folder, variant, seed, args.quick)
+    for task in args.tasks:
+        if task in RETRIEVAL:
+            score(task, checkpoint, files, languages, folder / "zero_shot" / f"{task}.json")
+            if variant != "full":
+                continue
+        result = folder / task / "languages.json"
+        if not result.exists():
+            run("train.py", "--task", task, "--init", checkpoint, *files, *options,
+                "--seed", seed, "--no-eval", "--out", folder / task)
+            score(task, folder / task / "best.pt", files, languages, result)
+            (folder / task / "ckpt.pt").unlink()                # best.pt is what was scored
+
+
+def run_all(args):
+    files = make_benchmark(args.out)
     for seed in range(args.seeds):
         for variant in args.variants:
-            folder = folder_of(args.out, variant, seed)
-            checkpoint = pretrain(folder, variant, seed, args.quick)
-            for task in args.tasks:
-                result = folder / task / "languages.json"
-                if task in RETRIEVAL:
-                    place = folder / "zero_shot" / f"{task}.json"
-                    score(task, checkpoint, files, languages, place)
-                if not result.exists():
-                    run("train.py", "--task", task, "--init", checkpoint, *files, *options,
-                        "--seed", seed, "--no-eval", "--out", folder / task)
-                    score(task, folder / task / "best.pt", files, languages, result)
-                    (folder / task / "ckpt.pt").unlink()        # best.pt is what was scored
+            chain(args, variant, seed, files)
             print_tables(args)
 
 
