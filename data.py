@@ -16,10 +16,12 @@ Letters: B examples per process, W processes, N = W*B, T tokens, M masked tokens
     python data.py tokenizer ...     makes a tokenizer from texts
 """
 import argparse
-import contextlib
 import bisect
+import contextlib
 import functools
 import io
+import itertools
+import math
 import os
 import pathlib
 import sys
@@ -112,9 +114,31 @@ class Tokenizer:
 
     def encode(self, text, longest=None):
         """-> ids with <s> and </s>, cut to `longest` (None: not at all)."""
-        pieces = self.processor.encode(text)
-        ids = [BOS] + [UNKNOWN if p == self.unknown else p + 1 for p in pieces] + [EOS]
+        ids = self.ids(self.processor.encode(text))
         return cut(ids, longest) if longest else ids
+
+    def ids(self, pieces):
+        """sentencepiece's numbers -> ids with <s> and </s>."""
+        return [BOS] + [UNKNOWN if p == self.unknown else p + 1 for p in pieces] + [EOS]
+
+    @functools.cached_property
+    def log_probabilities(self):
+        """Of each piece. A unigram model adds up those of a text's pieces."""
+        return [self.processor.get_score(piece) for piece in range(len(self.processor))]
+
+    def sample(self, text, rng):
+        """-> ids as encode's, but one of the 16 best segmentations of the text, drawn with
+        probability proportional to p(segmentation) ** 0.2: subword regularization (Kudo 2018,
+        "Subword Regularization: Improving Neural Network Translation Models with Multiple Subword
+        Candidates", section 3.3). ValueError when it is no unigram model."""
+        try:
+            best = self.processor.NBestEncode(text, nbest_size=16)
+        except RuntimeError:
+            raise ValueError("--subword_sampling needs a unigram tokenizer, and this one is not: "
+                             "--subword_sampling 0") from None
+        logs = [sum(map(self.log_probabilities.__getitem__, pieces)) for pieces in best]
+        sums = list(itertools.accumulate(math.exp(0.2 * (log - logs[0])) for log in logs))
+        return self.ids(best[bisect.bisect_left(sums, rng.random() * sums[-1])])
 
     def pieces(self, ids):
         """The pieces of some ids, for people to read."""
@@ -287,6 +311,7 @@ class Stream(NamedTuple):
     most_masked: int = 20                       # tokens of a sentence
     max_bad: float = TOLERATED                  # share of bad records that stops no run
     joined: bool = False                        # "<s> a </s> b </s>" is masked (translation LM)
+    subword_sampling: float = 0.0               # share of sentences with Tokenizer.sample's pieces
 
 
 def pack(sentences):
@@ -340,9 +365,9 @@ class Batches(torch.utils.data.Dataset):
         if number == 0:
             view_a = {"images": torch.from_numpy(np.stack(a))}                  # (B, 3, s, s)
         else:
-            a = self.encode(a, stream.longest, stats)
+            a = self.encode(a, rngs, stream, stats)
             view_a = {"a": pack(a)}
-        b = self.encode(b, stream.longest, stats)
+        b = self.encode(b, rngs, stream, stats)
         batch = view_a | {"b": pack(b), "ids": torch.tensor(ids)}               # (B,)
         if stream.joined:
             b = [x + y[1:] for x, y in zip(a, b)]
@@ -380,11 +405,13 @@ class Batches(torch.utils.data.Dataset):
                              f"`python data.py FILES --list OUT` names them all")
         return *self.last_good[number], rng
 
-    def encode(self, texts, longest, stats):
+    def encode(self, texts, rngs, stream, stats):
         """Sentences -> lists of ids; what is cut is counted."""
-        whole = [self.tokenizer.encode(text) for text in texts]
-        stats["cut"] += sum(len(ids) > longest for ids in whole)
-        return [cut(ids, longest) for ids in whole]
+        share = stream.subword_sampling
+        whole = [self.tokenizer.sample(text, rng) if share and rng.random() >= 1 - share
+                 else self.tokenizer.encode(text) for text, rng in zip(texts, rngs)]
+        stats["cut"] += sum(len(ids) > stream.longest for ids in whole)
+        return [cut(ids, stream.longest) for ids in whole]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ RECIPE = {
     "new_lr": "rate of what the files behind --init did not hold, times --lr",
     "temperature_lr": "peak rate of the temperature",
     "optimizer": "adamw, or muon for the weights of layers (optimizer.py)",
+    "subword_sampling": "share of sentences that get other pieces at every step (data.py)",
     "mask_probability": "share of a sentence's tokens that are masked",
     "caption_masked": "most tokens of a caption that are masked",
     "sentence_masked": "most tokens of a sentence of parallel text that are masked",
@@ -132,7 +133,8 @@ RECIPES = {
     "demo": dict(
         steps=1200, warmup=80, batch=256, text_batch=256,
         lr=1.5e-3, vision_lr=1.0, text_lr=1.0, fusion_lr=2.0, new_lr=1.0, temperature_lr=3e-4,
-        optimizer="muon", mask_probability=0.15, caption_masked=20, sentence_masked=20,
+        optimizer="muon", subword_sampling=0.7,
+        mask_probability=0.15, caption_masked=20, sentence_masked=20,
         caption_tokens=64, sentence_tokens=64, save_every=400, validate_every=400, workers=-1,
         processes=2),
     # NOT published and never trained: a guess. The contrastive loss wants a large batch; a model of
@@ -140,20 +142,23 @@ RECIPES = {
     "small": dict(
         steps=100_000, warmup=5000, batch=1024, text_batch=1024,
         lr=5e-4, vision_lr=1.0, text_lr=1.0, fusion_lr=1.0, new_lr=1.0, temperature_lr=5e-4,
-        optimizer="adamw", mask_probability=0.4, caption_masked=12, sentence_masked=20,
+        optimizer="adamw", subword_sampling=0.0,
+        mask_probability=0.4, caption_masked=12, sentence_masked=20,
         caption_tokens=40, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1,
         processes=1),
     # CCLM-X2VLM-base and -large as published (docs/paper.md), but for save_every, which was 50,000.
     "base": dict(
         steps=406_614, warmup=1000, batch=480, text_batch=480,
         lr=4e-5, vision_lr=0.5, text_lr=2.0, fusion_lr=1.0, new_lr=2.0, temperature_lr=4e-5,
-        optimizer="adamw", mask_probability=0.4, caption_masked=10, sentence_masked=16,
+        optimizer="adamw", subword_sampling=0.0,
+        mask_probability=0.4, caption_masked=10, sentence_masked=16,
         caption_tokens=30, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1,
         processes=1),
     "large": dict(
         steps=406_614, warmup=1000, batch=480, text_batch=480,
         lr=3e-5, vision_lr=1 / 3, text_lr=2.0, fusion_lr=1.0, new_lr=2.0, temperature_lr=3e-5,
-        optimizer="adamw", mask_probability=0.4, caption_masked=10, sentence_masked=16,
+        optimizer="adamw", subword_sampling=0.0,
+        mask_probability=0.4, caption_masked=10, sentence_masked=16,
         caption_tokens=30, sentence_tokens=64, save_every=5000, validate_every=5000, workers=-1,
         processes=1),
 }

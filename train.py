@@ -215,6 +215,7 @@ def add_model_flags(flag):
 
 # Smallest and largest value of a flag; all other numbers must be at least 0.
 LIMITS = {"seed": (0, 2 ** 40), "epochs": (1e-3, 1e6), "mask_probability": (0, 1),
+          "subword_sampling": (0, 1),
           "keywords": (0, 1), "max_bad": (0, 1),
           "dropout": (0, 0.999), "lr": (1e-12, 1e6), "clip": (1e-12, 1e12),
           "caption_tokens": (3, math.inf), "sentence_tokens": (3, math.inf), "workers": (-1, 64)}
@@ -1041,12 +1042,14 @@ def make_batches(args, model, tokenizer):
         raise ValueError(f"the position table has room for {max(longest, 0)} tokens, a sentence "
                          f"has at least 3: choose a larger --positions")
     image_stream = data.Stream(images, args.batch, min(args.caption_tokens, longest),
-                               args.mask_probability, args.caption_masked, args.max_bad)
+                               args.mask_probability, args.caption_masked, args.max_bad,
+                               subword_sampling=args.subword_sampling)
     both = 2 if args.translation_lm else 1          # sentences that stand side by side
     text_stream = texts and data.Stream(texts, args.text_batch,
                                         min(args.sentence_tokens, longest // both),
                                         args.mask_probability, both * args.sentence_masked,
-                                        args.max_bad, args.translation_lm)
+                                        args.max_bad, args.translation_lm,
+                                        args.subword_sampling)
     batches = data.Batches(tokenizer, image_stream, text_stream, args.seed, *world())
     return batches, validation_rows
 

@@ -1,6 +1,7 @@
 """Tokenizer, masking, order, streams and the built-in data."""
 import collections
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -40,6 +41,51 @@ def test_sentencepiece_models_of_xlm_r_and_of_t5_become_the_same_ids(layout):
     ids = made.encode("a red ж dog")
     assert ids[0] == data.BOS and ids[-1] == data.EOS and ids[1:-1].count(data.UNKNOWN) == 1 and min(ids[1:-1]) == 3
     assert "".join(made.pieces(ids)) == "<s>▁a▁red▁<unk>▁dog</s>"
+
+
+def segmentations(tokenizer, text):
+    """All ways to cut "▁text" into pieces, by trying every prefix -> {ids: log probability}."""
+    number = {tokenizer.processor.id_to_piece(i): i for i in range(len(tokenizer.processor))}
+    if not text:
+        return {(): 0.0}
+    return {(number[text[:n]], *rest): tokenizer.processor.get_score(number[text[:n]]) + log
+            for n in range(1, len(text) + 1) if text[:n] in number
+            for rest, log in segmentations(tokenizer, text[n:]).items()}
+
+
+@pytest.mark.parametrize("word", ["слон", "elephant"])
+def test_segmentations_are_drawn_as_often_as_their_probability_to_the_power_of_a_fifth_says(tokenizer, word):
+    found = sorted(segmentations(tokenizer, f"▁{word}").items(), key=lambda pair: -pair[1])[:16]
+    assert len(found) >= 6
+    weights = np.exp(0.2 * np.array([log for _, log in found]))
+    rng, n = np.random.default_rng(0), 20000
+    drawn = collections.Counter(tuple(tokenizer.sample(word, rng)) for _ in range(n))
+    for (pieces, _), share in zip(found, weights / weights.sum()):
+        assert abs(drawn.pop((data.BOS, *(p + 1 for p in pieces), data.EOS)) / n - share) < 0.015
+    assert not drawn
+
+
+def test_a_share_of_the_sentences_of_both_views_is_segmented_anew(tokenizer):
+    def texts(share):
+        stream = data.Stream(data.DemoParallel(), 200, subword_sampling=share)
+        batch = data.Batches(tokenizer, None, stream, seed=0)[0][1]
+        return [[s.token_ids[i:j].tolist() for i, j in itertools.pairwise(s.starts)] for s in (batch["a"], batch["b"])]
+
+    plain, half, whole = texts(0), texts(0.5), texts(1)
+    for view in (0, 1):
+        same = [sum(x == y for x, y in zip(plain[view], other[view])) for other in (half, whole)]
+        assert 100 < same[0] < 160 and same[1] < 100            # some names have but one segmentation
+        # The text stays what it was.
+        for ids, again in zip(plain[view], whole[view]):
+            assert tokenizer.processor.decode([i - 1 for i in again[1:-1]]) == tokenizer.processor.decode([i - 1 for i in ids[1:-1]])
+
+
+def test_a_tokenizer_without_probabilities_cannot_be_sampled():
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences("en", 50)), model_writer=out, vocab_size=60,
+                                             model_type="bpe", hard_vocab_limit=False, minloglevel=2)
+    with pytest.raises(ValueError, match="--subword_sampling 0"):
+        data.Tokenizer(out.getvalue()).sample("a red dog", np.random.default_rng(0))
 
 
 def test_a_language_of_long_sentences_has_its_pieces():
@@ -95,11 +141,12 @@ def test_every_index_once_per_epoch(n):
     assert n < 7 or orders[0] != orders[1]
 
 
-def parts(tokenizer, world, step):
+def parts(tokenizer, world, step, sampling):
     """One step's image-text and parallel batches, the processes' parts put together, as comparable lists."""
     out = []
     for rank in range(world):
-        b = data.Batches(tokenizer, data.Stream(data.DemoImages(), 8), data.Stream(data.DemoParallel(), 12), 1, rank, world)[step]
+        streams = [data.Stream(dataset, n, subword_sampling=sampling) for dataset, n in ((data.DemoImages(), 8), (data.DemoParallel(), 12))]
+        b = data.Batches(tokenizer, *streams, 1, rank, world)[step]
         for stream in b[:2]:
             for s in (stream["b"], stream.get("a", stream["b"])):
                 out.append([s.token_ids[i:j].tolist() for i, j in zip(s.starts[:-1], s.starts[1:])])
@@ -109,9 +156,10 @@ def parts(tokenizer, world, step):
     return [sum((out[rank * 8 + k] for rank in range(world)), []) for k in range(8)]
 
 
-def test_the_data_are_the_same_at_any_number_of_processes(tokenizer):
-    one = parts(tokenizer, 1, 3)
-    assert parts(tokenizer, 2, 3) == one and parts(tokenizer, 4, 3) == one
+@pytest.mark.parametrize("sampling", [0, 0.5])
+def test_the_data_are_the_same_at_any_number_of_processes(tokenizer, sampling):
+    one = parts(tokenizer, 1, 3, sampling)
+    assert parts(tokenizer, 2, 3, sampling) == one and parts(tokenizer, 4, 3, sampling) == one
 
 
 def test_the_data_are_the_same_with_workers(tokenizer):
