@@ -8,6 +8,7 @@ linear layers and convolutions. Tables of vectors, norms and biases stay with Ad
     python train.py --optimizer adamw       --preset base, large and all fine-tuning have it anyway
 """
 import torch
+import torch.distributed as dist
 from torch import nn
 
 MOMENTUM = 0.95                         # of Muon's running mean: its author's value
@@ -59,28 +60,41 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         groups = self.param_groups
-        for group in groups:
-            for p in group["params"] if group["matrices"] else ():
-                if p.grad is not None:
-                    self.move(p, group)
+        pairs = [(p, group) for group in groups if group["matrices"]
+                 for p in group["params"] if p.grad is not None]
+        if pairs:
+            self.move(pairs)
         # AdamW's own step moves the rest.
         self.param_groups = [group for group in groups if not group["matrices"]]
         super().step()
         self.param_groups = groups
 
-    def move(self, p, group):
-        """A matrix's step."""
+    def move(self, pairs):
+        """A step of all matrices. pairs: [(a matrix, its group)]. Processes, which have the same
+        gradients, orthogonalise a share of them each, and send each other what they found."""
+        ahead = [self.ahead(p) for p, _ in pairs]
+        flat = ahead[0].new_zeros(sum(matrix.numel() for matrix in ahead))
+        steps = flat.split([matrix.numel() for matrix in ahead])
+        several = dist.is_initialized()
+        first, every = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        for k in range(first, len(ahead), every):
+            steps[k].copy_(orthogonal(ahead[k]).flatten())
+        if several:
+            dist.all_reduce(flat)               # a sum in which all others have zeros
+        for (p, group), step, matrix in zip(pairs, steps, ahead):
+            # An orthogonal (n, m) has entries of about 1 / sqrt(max(n, m)).
+            size = ENTRY * max(matrix.shape) ** 0.5
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(step.view_as(p), alpha=group["lr"] * size)
+
+    def ahead(self, p):
+        """A matrix's running mean of gradients, and one gradient ahead of it (Nesterov), (n, m)."""
         state = self.state[p]
         if not state:                           # AdamW, which loads all states, asks for a "step"
             state |= {"step": torch.tensor(0.0), "mean": torch.zeros_like(p)}
         state["step"] += 1
         state["mean"].lerp_(p.grad, 1 - MOMENTUM)
-        ahead = p.grad.lerp(state["mean"], MOMENTUM)            # Nesterov: one such gradient ahead
-        step = orthogonal(ahead.flatten(1))
-        # An orthogonal (n, m) has entries of about 1 / sqrt(max(n, m)).
-        size = ENTRY * max(step.shape) ** 0.5
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(step.view_as(p), alpha=group["lr"] * size)
+        return p.grad.lerp(state["mean"], MOMENTUM).flatten(1)
 
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}

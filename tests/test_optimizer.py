@@ -82,6 +82,20 @@ def test_all_else_moves_as_with_adamw():
     assert moved == set(MATRICES)
 
 
+def one_of_two(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(trained(Muon)[0].state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_work_and_move_as_one(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), 2)
+    one = trained(Muon)[0].state_dict()
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_parameter_without_a_gradient_stays():
     model, own = trained(Muon)
     own.zero_grad()
