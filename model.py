@@ -133,7 +133,7 @@ RECIPES = {
     "demo": dict(
         steps=1200, warmup=80, batch=256, text_batch=256,
         lr=1.5e-3, vision_lr=1.0, text_lr=1.0, fusion_lr=2.0, new_lr=1.0, temperature_lr=3e-4,
-        optimizer="muon", subword_sampling=0.7,
+        optimizer="muon", subword_sampling=0.4,
         mask_probability=0.15, caption_masked=20, sentence_masked=20,
         caption_tokens=64, sentence_tokens=64, save_every=400, validate_every=400, workers=-1,
         processes=2),
