@@ -66,7 +66,8 @@ SENTENCE = 25                           # tokens, and WikiMatrix
 
 
 class Tokenizer:
-    """What data.Batches asks of a tokenizer. Synthetic sentences are lists of ids already."""
+    """What data.Batches asks of a tokenizer. Synthetic sentences are lists of ids already: no
+    other segmentation can be drawn."""
     model = b""
 
     def __init__(self, size):
@@ -75,6 +76,9 @@ class Tokenizer:
 
     def encode(self, ids, longest=None):
         return data.cut(ids, longest) if longest else ids
+
+    def sample(self, ids, rng):
+        return ids
 
 
 class Synthetic:

@@ -143,7 +143,7 @@ def test_both_models_learn_the_questions_of_three_pictures(made, tmp_path, name)
     assert train.main(["--out", str(tmp_path / "pre"), *TINY, "--steps", "2", "--save_every", "9"]) == 0
     words = ["--data", str(made[0]), "--image_root", str(made[1])]
     assert train.main(["--task", name, "--init", str(tmp_path / "pre" / "ckpt.pt"), "--out", str(tmp_path), *words, "--lr",
-                       "3e-3", "--batch", "8", "--epochs", "40", "--validate_every", "40", "--workers", "0", "--no-eval",
+                       "3e-3", "--batch", "8", "--epochs", "60", "--validate_every", "60", "--workers", "0", "--no-eval",
                        "--dropout", "0"]) == 0
     assert evaluate.main([name, "--ckpt", str(tmp_path / "best.pt"), *words, "--languages", "en", "--json",
                           str(tmp_path / "a.json")]) == 0
