@@ -1,5 +1,6 @@
 """python train.py --benchmark: what it counts, computes and prints, beside numbers made by hand."""
 import json
+import statistics
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,8 +66,10 @@ def test_a_part_has_its_forward_and_its_backward_pass():
         optimizer.step()
     with benchmark.parts_named(model, optimizer):
         step()
-        found = benchmark.parts_of(torch.device("cpu"), step)
-    assert found["vision"] == pytest.approx(4 / 3 * found["other"], rel=0.5)
+        measured = [benchmark.parts_of(torch.device("cpu"), step) for _ in range(9)]
+    found = measured[0]
+    # The median: other programs may delay one of the times.
+    assert statistics.median(x["vision"] / x["other"] for x in measured) == pytest.approx(4 / 3, rel=0.5)
     assert found["optimizer"] and not found["text"] and "forward" not in vars(model.vision)
 
 
