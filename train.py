@@ -1232,9 +1232,6 @@ def finish(run):
         name = "best.pt"
         state = read_checkpoint(best_path(run), mmap=True)
         run.objective.model.load_state_dict(state["model"])
-    # The other processes only wait from here on: this one takes their cores.
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(torch.get_num_threads() * processes)
     say(f"evaluating {args.out}/{name} on the test sets ...")
     report = run.objective.test()
     results = pathlib.Path(args.out, "results.json")
